@@ -1,0 +1,53 @@
+# `make demo` and `make test` do all the set-up that they need; see README.md.
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := build/packages/.built
+ARGS ?=
+
+.PHONY: help setup demo test check bench lock clean system
+
+help:  ## List what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) $(PACKAGES) system  ## Virtual environment, shipped models, broker
+
+$(STAMP): pyproject.toml requirements/dev.txt requirements/data.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/data.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(PACKAGES): $(STAMP) $(wildcard models/*.py models/*/*.py contract/manifest.py)
+	$(BIN)/pithead models build --all --out build/packages
+	touch $@
+
+system:
+	@./docker/system-packages.sh
+
+demo: setup  ## The main job, told as a story; hand arguments on with ARGS="--once --headless"
+	$(BIN)/pithead demo $(ARGS)
+
+test: setup  ## All tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: $(STAMP)  ## Style, types, layers, wheel
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/wheel/check_wheel.py
+
+bench: setup  ## Benchmarks, each beside a peer or a limit
+	for b in benchmarks/bench_*.py; do $(BIN)/python $$b $(ARGS); done
+
+lock: $(STAMP)  ## Pin dependencies again, with hashes and without index addresses
+	$(BIN)/python requirements/lock.py
+
+clean:  ## Remove everything that was built
+	rm -rf $(VENV) .venvs build dist

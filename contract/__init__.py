@@ -1,0 +1,1 @@
+"""The wire between devices and the control plane: small, pure, without I/O."""

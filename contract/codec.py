@@ -1,0 +1,88 @@
+"""Bytes to messages and back, with limits on both sides.
+
+JSON, so that whoever subscribes can read it; a batch is a JSON list, and is
+compressed with zstd where that pays. The content type says which.
+"""
+
+from typing import Final, TypeVar
+
+import msgspec
+import zstandard
+
+from contract.errors import PitheadError
+from contract.messages import Envelope
+
+JSON: Final = "application/json"
+JSON_ZSTD: Final = "application/json+zstd"
+MAX_PAYLOAD: Final = 256 * 1024
+"""Bytes of an MQTT payload as sent."""
+MAX_DECODED: Final = 4 * 1024 * 1024
+"""Bytes of a payload after decompression."""
+COMPRESS_ABOVE: Final = 1024
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+_envelopes = msgspec.json.Decoder(list[Envelope])
+
+
+def encode(message: object) -> bytes:
+    """Return ``message`` as JSON."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes, kind: type[T]) -> T:
+    """Return ``payload`` as a ``kind``; ``message.malformed`` names the path of a wrong field."""
+    if len(payload) > MAX_DECODED:
+        raise PitheadError(
+            "message.too_large", f"{len(payload)} bytes, limit {MAX_DECODED}", limit=MAX_DECODED
+        )
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except msgspec.MsgspecError as error:
+        raise PitheadError("message.malformed", str(error)) from error
+    except UnicodeDecodeError as error:
+        raise PitheadError("message.malformed", f"not UTF-8: {error}") from error
+
+
+def encode_batch(envelopes: list[Envelope]) -> tuple[bytes, str]:
+    """Return ``(payload, content type)`` of a batch."""
+    payload = _encoder.encode(envelopes)
+    if len(payload) <= COMPRESS_ABOVE:
+        return payload, JSON
+    return zstandard.ZstdCompressor(level=3).compress(payload), JSON_ZSTD
+
+
+def decode_batch(payload: bytes, content_type: str | None) -> list[Envelope]:
+    """Return the envelopes of a batch; errors as for ``decode``.
+
+    A compressed payload is never inflated beyond ``MAX_DECODED``.
+    """
+    if len(payload) > MAX_PAYLOAD:
+        raise PitheadError(
+            "message.too_large", f"{len(payload)} bytes, limit {MAX_PAYLOAD}", limit=MAX_PAYLOAD
+        )
+    if content_type == JSON_ZSTD:
+        payload = _inflate(payload)
+    elif content_type not in (None, "", JSON):
+        raise PitheadError("message.malformed", f"content type {content_type!r} is not known")
+    try:
+        envelopes = _envelopes.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise PitheadError("message.malformed", str(error)) from error
+    except UnicodeDecodeError as error:
+        raise PitheadError("message.malformed", f"not UTF-8: {error}") from error
+    return envelopes
+
+
+def _inflate(payload: bytes) -> bytes:
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=8 * 1024 * 1024).stream_reader(payload) as reader:
+            data = reader.read(MAX_DECODED + 1)
+    except zstandard.ZstdError as error:
+        raise PitheadError("message.malformed", f"not zstd: {error}") from error
+    if len(data) > MAX_DECODED:
+        raise PitheadError(
+            "message.too_large", f"more than {MAX_DECODED} bytes after decompression", limit=MAX_DECODED
+        )
+    return data

@@ -1,0 +1,199 @@
+"""Every error that crosses a wall of the house, in one table.
+
+A code is ``area.name``. The same code stands in an HTTP problem document, in
+a device's receipt and in the log, so that a person can follow one failure
+from the device to the console.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+
+class ErrorSpec(msgspec.Struct, frozen=True):
+    """What is known of a code before it happens."""
+
+    summary: str
+    remedy: str
+    retryable: bool = False
+
+
+ERRORS: Final[Mapping[str, ErrorSpec]] = {
+    # --- messages and documents
+    "message.malformed": ErrorSpec("A message cannot be decoded.", "Correct the field that the path names."),
+    "message.too_large": ErrorSpec(
+        "A message is larger than its limit.", "Send smaller batches; the limit is in the message."
+    ),
+    "message.wrong_device": ErrorSpec(
+        "A message names another device than its topic.",
+        "A device may only speak for itself; check for a copied identity.",
+    ),
+    "message.unsupported_version": ErrorSpec(
+        "A message speaks another protocol version.", "Upgrade the older of the two sides."
+    ),
+    # --- packages
+    "package.manifest_invalid": ErrorSpec(
+        "The manifest is not valid.", "Correct the field that the path names."
+    ),
+    "package.file_missing": ErrorSpec(
+        "A file that the manifest names is missing.", "Add the file or build the package again."
+    ),
+    "package.file_mismatch": ErrorSpec(
+        "A file differs from the manifest in length or hash.", "Build the package again."
+    ),
+    "package.too_large": ErrorSpec(
+        "A file is larger than the limit.", "Quantise or prune the model, or raise the limit."
+    ),
+    "package.unsafe_model": ErrorSpec(
+        "The model uses something that is not allowed.",
+        "Export it as one file, with standard operators only.",
+    ),
+    # --- inference
+    "inference.runtime_missing": ErrorSpec(
+        "No runtime for this format is installed.", "Install the runtime that the message names."
+    ),
+    "inference.accelerator_missing": ErrorSpec(
+        "The accelerator is not available here.", "Install its driver or choose another variant."
+    ),
+    "inference.load_failed": ErrorSpec("The model does not load.", "Check the file and its format."),
+    "inference.bad_input": ErrorSpec(
+        "An input does not fit the model.", "Send the shape and datatype that the message names."
+    ),
+    "inference.run_failed": ErrorSpec("The model failed while running.", "See the detail."),
+    "inference.not_finite": ErrorSpec(
+        "The model returned NaN or infinity.", "Check the input range and the quantisation."
+    ),
+    # --- probe
+    "probe.golden_mismatch": ErrorSpec(
+        "Outputs differ from the golden vectors by more than the tolerance.",
+        "The model, the runtime or the kernel differs from the one that was released.",
+    ),
+    "probe.crashed": ErrorSpec("The probe process died.", "The model crashes its runtime; see the signal."),
+    "probe.timeout": ErrorSpec(
+        "The probe did not end in time.", "The model hangs or the device is too slow."
+    ),
+    "probe.over_budget": ErrorSpec(
+        "The model needs more memory or time than its budget.", "Use a smaller variant."
+    ),
+    "probe.no_variant": ErrorSpec(
+        "No variant of the model can run on this device.",
+        "Add a variant for this architecture and these accelerators.",
+    ),
+    # --- updates
+    "update.metadata_invalid": ErrorSpec(
+        "Signed metadata is not valid.", "Check the signatures; the device keeps what it has."
+    ),
+    "update.metadata_expired": ErrorSpec(
+        "Signed metadata has expired.", "Let the control plane sign again.", retryable=True
+    ),
+    "update.metadata_rollback": ErrorSpec(
+        "Signed metadata is older than what the device has seen.",
+        "Restore the newest metadata; a device never goes back.",
+    ),
+    "update.wrong_device": ErrorSpec(
+        "The assignment is meant for another device.", "Each device takes only its own assignment."
+    ),
+    "update.not_released": ErrorSpec(
+        "The director names a model that no release key has signed.", "Release the model first."
+    ),
+    "update.repositories_disagree": ErrorSpec(
+        "Director and image repository disagree on a file.", "Publish again; nothing was installed."
+    ),
+    "update.below_floor": ErrorSpec(
+        "The version is below the signed floor of its model.", "Roll out a version at or above it."
+    ),
+    "update.hash_mismatch": ErrorSpec(
+        "A downloaded file differs from its signed hash.",
+        "The file was changed in storage or on the way; restore the original.",
+    ),
+    "update.length_mismatch": ErrorSpec(
+        "A downloaded file differs from its signed length.",
+        "The file was changed in storage or on the way; restore the original.",
+    ),
+    "update.not_found": ErrorSpec("The server does not have a file.", "Upload it again.", retryable=True),
+    "update.unreachable": ErrorSpec(
+        "The update server cannot be reached.", "Check the network; the device tries again.", retryable=True
+    ),
+    "update.disk_full": ErrorSpec("No room for the download.", "Free some space.", retryable=True),
+    # --- install and trial
+    "install.interrupted": ErrorSpec("The install was cut off.", "It goes on by itself.", retryable=True),
+    "trial.unhealthy": ErrorSpec("The model failed its trial.", "The last known good is back in service."),
+    "trial.crashed": ErrorSpec(
+        "The engine died during the trial.", "The last known good is back in service."
+    ),
+    "trial.superseded": ErrorSpec("Another version is wanted now.", "Nothing to do."),
+    "rollback.impossible": ErrorSpec("No last known good is left to go back to.", "Roll out a good version."),
+    # --- identity and access
+    "auth.missing": ErrorSpec("No credentials.", "Send an API token, or a client certificate."),
+    "auth.invalid": ErrorSpec("The credentials are not valid.", "Ask an administrator for new ones."),
+    "auth.forbidden": ErrorSpec("This role may not do that.", "Ask for a role that may."),
+    "enrol.token_invalid": ErrorSpec("The join token is not known.", "Make a new one."),
+    "enrol.token_used": ErrorSpec("The join token has no uses left.", "Make a new one."),
+    "enrol.token_expired": ErrorSpec("The join token has expired.", "Make a new one."),
+    "enrol.csr_invalid": ErrorSpec(
+        "The signing request is not valid.", "Send a P-256 request signed by its key."
+    ),
+    "enrol.server_not_trusted": ErrorSpec(
+        "The server is not the one that the join token names.",
+        "Check the address; somebody may be in between.",
+    ),
+    "identity.revoked": ErrorSpec("The device's certificate is revoked.", "Enrol the device again."),
+    # --- API
+    "request.invalid": ErrorSpec("The request is not valid.", "Correct the field that the path names."),
+    "request.conflict": ErrorSpec("This cannot be done in the present state.", "See the detail."),
+    "request.not_found": ErrorSpec("There is no such thing.", "Check the name."),
+    "request.too_large": ErrorSpec("The request is larger than its limit.", "Send less at once."),
+    "request.rate_limited": ErrorSpec("Too many requests.", "Wait and try again.", retryable=True),
+    # --- registry
+    "release.exists": ErrorSpec(
+        "This version is published already.", "A version never changes; use a new one."
+    ),
+    "release.signature_invalid": ErrorSpec(
+        "The release is not signed by a release key.", "Sign it with a key of the release role."
+    ),
+    "release.counter_not_rising": ErrorSpec(
+        "The release counter does not rise.", "Use a counter above the newest release of the model."
+    ),
+    "release.not_admitted": ErrorSpec("The package failed its validation.", "See the detail."),
+    # --- rollouts
+    "rollout.policy_invalid": ErrorSpec("The policy is not valid.", "Correct the field that the path names."),
+    "rollout.illegal_transition": ErrorSpec(
+        "The rollout is not in a state that allows this.", "See its state."
+    ),
+    "rollout.overlap": ErrorSpec(
+        "Another rollout of this model runs on some of these devices.", "End it or choose other devices."
+    ),
+    "rollout.no_devices": ErrorSpec("No device matches.", "Check the group's labels."),
+    # --- this machine
+    "config.invalid": ErrorSpec("A setting is not valid.", "Correct the setting that the message names."),
+    "source.failed": ErrorSpec(
+        "A sensor source failed.", "Check the sensor and its settings.", retryable=True
+    ),
+    "internal.error": ErrorSpec("Something unexpected failed.", "See the log; please report it."),
+}
+
+
+class PitheadError(Exception):
+    """An error with a stable code from ``ERRORS`` and its facts.
+
+    Raises ``KeyError`` at once when the code is not in the table, so that no
+    code can exist that the documentation does not know.
+    """
+
+    def __init__(self, code: str, detail: str = "", **facts: object) -> None:
+        self.spec = ERRORS[code]
+        self.code = code
+        self.detail = detail
+        self.facts = facts
+        super().__init__(f"{code}: {detail or self.spec.summary}")
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call may succeed later without any change."""
+        return self.spec.retryable
+
+    @property
+    def remedy(self) -> str:
+        """What to do next, for a person."""
+        return self.spec.remedy

@@ -1,0 +1,224 @@
+"""The manifest of a model package: everything that a device must know to run a model well.
+
+It is one JSON file, ``manifest.json``, beside the files that it names. It is
+signed as a TUF target, so each number in it can be relied on.
+"""
+
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta, Struct
+
+from contract.messages import Count, Name, Sha256, Version
+
+MANIFEST_NAME: Final = "manifest.json"
+MANIFEST_FORMAT: Final = 1
+MAX_FILE_BYTES: Final = 512 * 1024 * 1024
+
+Datatype = Literal[
+    "BOOL",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "FP16",
+    "FP32",
+    "FP64",
+    "BYTES",
+]
+"""Datatypes of the Open Inference Protocol."""
+
+RelativePath = Annotated[
+    str,
+    Meta(
+        min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
+    ),
+]
+Channels = Annotated[tuple["Channel", ...], Meta(min_length=1, max_length=4096)]
+
+
+class FileRef(Struct, frozen=True):
+    """A file of the package."""
+
+    path: RelativePath
+    sha256: Sha256
+    length: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
+
+
+class TensorSpec(Struct, frozen=True, omit_defaults=True):
+    """A tensor: ``shape`` with -1 where it is dynamic; real value = (integer - zero_point) * scale."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+    scale: float | None = None
+    zero_point: int | None = None
+
+
+class Tolerance(Struct, frozen=True, omit_defaults=True):
+    """``|got - want| <= atol + rtol * |want|`` in the tensor's own units (steps, where it is quantised)."""
+
+    atol: Annotated[float, Meta(ge=0)] = 0.0
+    rtol: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class Golden(Struct, frozen=True):
+    """Inputs and outputs that a variant must reproduce before it is trusted.
+
+    ``file`` is an ``.npz`` without pickles, arrays named ``in:<tensor>`` and
+    ``out:<tensor>`` with a leading axis of vectors.
+    """
+
+    file: FileRef
+    vectors: Annotated[int, Meta(ge=1)]
+    tolerance: dict[str, Tolerance]
+    """By output tensor."""
+
+
+class Variant(Struct, frozen=True, omit_defaults=True):
+    """One build of the model for some kind of device."""
+
+    name: Name
+    file: FileRef
+    format: Literal["onnx", "tflite"]
+    quantisation: Literal["float32", "float16", "int8", "mixed"]
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
+    golden: Golden
+    platform: str = ""
+    """As in the Open Inference Protocol, for example ``onnxruntime_onnx`` or ``litert_tflite``."""
+    accelerators: tuple[str, ...] = ("cpu",)
+    arch: tuple[str, ...] = ("any",)
+    """``platform.machine()`` values, or ``any``."""
+    preference: int = 0
+    """Among the variants that can run, the highest wins."""
+
+
+class Channel(Struct, frozen=True, omit_defaults=True):
+    """One sensor channel, in the order of the model's input."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    unit: str = ""
+    minimum: float | None = None
+    """Below this a sample is counted as missing."""
+    maximum: float | None = None
+
+
+class Fit(Struct, frozen=True, omit_defaults=True):
+    """How far a device may adapt the model to itself: normalisation and threshold, never weights."""
+
+    samples: Annotated[int, Meta(ge=8)]
+    """Windows to collect before the model is in service."""
+    mean_range: tuple[tuple[float, float], ...]
+    """Per channel, where the fitted mean may lie."""
+    scale_range: tuple[tuple[float, float], ...]
+    """Per channel, where the fitted standard deviation may lie."""
+    quantile: Annotated[float, Meta(gt=0, le=1)]
+    """The fitted threshold is ``margin`` times this quantile of the calibration scores."""
+    margin: Annotated[float, Meta(gt=0)]
+    threshold_range: tuple[float, float]
+
+
+class Pipeline(Struct, frozen=True, omit_defaults=True):
+    """From samples to the input tensor: the last ``window`` samples, each ``stride`` samples.
+
+    x' = (x - mean) / scale per channel, clipped to +-``clip``; the window is
+    flattened sample by sample into the input tensor's shape.
+    """
+
+    channels: Channels
+    window: Annotated[int, Meta(ge=1, le=65536)]
+    stride: Annotated[int, Meta(ge=1, le=65536)]
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    clip: float | None = None
+    sample_rate_hz: float | None = None
+    fit: Fit | None = None
+
+
+class Score(Struct, frozen=True, omit_defaults=True):
+    """From the output tensor to one number per window, and the alarm on it.
+
+    ``reconstruction_mse``: mean over the input of (input - output)^2.
+    ``output``: the single value of the first output tensor.
+    """
+
+    method: Literal["reconstruction_mse", "output"]
+    threshold: float
+    """An alarm is a score above this."""
+    debounce: Annotated[int, Meta(ge=1)] = 1
+    """Windows above the threshold in a row before it is an alarm."""
+
+
+class Quantiles(Struct, frozen=True):
+    """A distribution as values at probabilities 0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1."""
+
+    values: tuple[float, ...]
+
+
+QUANTILE_PROBABILITIES: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+
+
+class Reference(Struct, frozen=True):
+    """What the model saw when it was made, for drift."""
+
+    samples: Count
+    channels: dict[str, Quantiles]
+    score: Quantiles
+    alarm_rate: float
+
+
+class Provenance(Struct, frozen=True, omit_defaults=True):
+    """Where the model comes from."""
+
+    source: str
+    """Code or origin of the weights."""
+    data: str
+    data_licence: str = ""
+    metrics: dict[str, float] = {}
+    parameters: dict[str, str | int | float | bool] = {}
+
+
+class Budget(Struct, frozen=True, omit_defaults=True):
+    """What the model may cost on a device."""
+
+    latency_ms: float | None = None
+    """p99 of one window in the probe must be at or under this."""
+    memory_mb: float | None = None
+
+
+class Manifest(Struct, frozen=True, omit_defaults=True):
+    """The whole package."""
+
+    format: Literal[1]
+    name: Name
+    version: Version
+    release_counter: Annotated[int, Meta(ge=1)]
+    """Rises with every release of the model; devices compare it with the signed floor."""
+    summary: str
+    licence: str
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
+    provenance: Provenance
+    pipeline: Pipeline | None = None
+    """None for a model that is only served, without a lane."""
+    score: Score | None = None
+    reference: Reference | None = None
+    budget: Budget = Budget()
+
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file of the package but the manifest itself, each once, in order."""
+        refs = {ref.path: ref for v in self.variants for ref in (v.file, v.golden.file)}
+        return tuple(refs.values())
+
+
+def target_path(name: str, version: str, path: str) -> str:
+    """TUF target path of a file of a package."""
+    return f"models/{name}/{version}/{path}"
+
+
+def floor_path(name: str) -> str:
+    """TUF target path whose ``custom.min_release_counter`` is the model's floor."""
+    return f"models/{name}/floor"

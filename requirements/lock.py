@@ -1,0 +1,33 @@
+"""Pin every dependency with its hashes, for all platforms, without index addresses.
+
+Run by ``make lock``. The index is the one that pip or uv is set up for.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMMON = [
+    sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--generate-hashes",
+    "--no-emit-index-url", "--no-annotate", "--no-header", "--python-version", "3.11",
+]  # fmt: skip
+TFLITE_RUNTIME = "tflite-runtime==2.14.0\nnumpy<2\nmsgspec\nzstandard\npyseccomp\n"
+
+
+def compile_set(name: str, *arguments: str, stdin: str | None = None) -> None:
+    """Write ``requirements/<name>.txt``."""
+    command = [*COMMON, *arguments, "--output-file", str(HERE / f"{name}.txt")]
+    subprocess.run(command, check=True, input=stdin, text=True, cwd=HERE.parent)
+
+
+def main() -> None:
+    """Pin all sets."""
+    for extra in ("agent", "control-plane", "dev"):
+        compile_set(extra, "--universal", "pyproject.toml", "--extra", extra)
+    compile_set("data", "--universal", "--no-deps", "-", stdin="river==0.26.1\n")
+    compile_set("tflite-runtime", "-", stdin=TFLITE_RUNTIME)
+
+
+if __name__ == "__main__":
+    main()
