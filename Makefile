@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := build/packages/.built
 ARGS ?=
 
-.PHONY: help setup demo test check bench lock clean system
+.PHONY: help setup system demo test check bench docs lock clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,3 +51,6 @@ lock: $(STAMP)  ## Pin dependencies again, with hashes and without index address
 
 clean:  ## Remove everything that was built
 	rm -rf $(VENV) .venvs build dist
+
+docs: $(STAMP)  ## Write the documents that are made from code
+	$(BIN)/python docs/generate.py
