@@ -18,7 +18,7 @@ for room in ("agent", "contract", "inference"):
     for module in pkgutil.walk_packages(package.__path__, room + "."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-heavy = {"fastapi", "starlette", "pydantic", "sqlmodel", "sqlalchemy", "nicegui", "typer", "uvicorn", "psycopg"}
+heavy = {"fastapi", "starlette", "pydantic", "sqlmodel", "sqlalchemy", "nicegui", "typer", "uvicorn"}
 loaded = heavy & set(sys.modules)
 installed = {name for name in heavy if importlib.util.find_spec(name)}
 assert not loaded, f"loaded on a device: {loaded}"
