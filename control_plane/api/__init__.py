@@ -1,0 +1,1 @@
+"""HTTP: the operators' API and the devices' listener. One file per resource."""

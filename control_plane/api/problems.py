@@ -1,0 +1,126 @@
+"""Errors as HTTP answers (RFC 9457). The only place that knows status codes of errors."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from contract.errors import ERRORS, PitheadError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE: Final = "application/problem+json"
+
+STATUS: Final[Mapping[str, int]] = {
+    "auth.missing": 401,
+    "auth.invalid": 401,
+    "auth.forbidden": 403,
+    "config.invalid": 500,
+    "enrol.csr_invalid": 422,
+    "enrol.server_not_trusted": 403,
+    "enrol.token_expired": 403,
+    "enrol.token_invalid": 403,
+    "enrol.token_used": 403,
+    "identity.revoked": 403,
+    "internal.error": 500,
+    "message.too_large": 413,
+    "package.too_large": 413,
+    "release.counter_not_rising": 409,
+    "release.exists": 409,
+    "release.not_admitted": 422,
+    "release.signature_invalid": 403,
+    "request.conflict": 409,
+    "request.invalid": 422,
+    "request.not_found": 404,
+    "request.rate_limited": 429,
+    "request.too_large": 413,
+    "rollout.illegal_transition": 409,
+    "rollout.no_devices": 409,
+    "rollout.overlap": 409,
+    "rollout.policy_invalid": 422,
+    "update.disk_full": 507,
+    "update.not_found": 404,
+    "update.unreachable": 503,
+}
+"""What a code is in HTTP; all others are faults of the request's content (422)."""
+
+_OF_STATUS: Final[Mapping[int, str]] = {
+    400: "request.invalid",
+    401: "auth.invalid",
+    403: "auth.forbidden",
+    404: "request.not_found",
+    405: "request.invalid",
+    413: "request.too_large",
+    415: "request.invalid",
+    429: "request.rate_limited",
+}
+
+
+def problem(
+    code: str, detail: str, *, status: int | None = None, facts: Mapping[str, object] | None = None
+) -> JSONResponse:
+    """Return a problem document; ``type`` is the stable code."""
+    spec = ERRORS[code]
+    status = STATUS.get(code, 422) if status is None else status
+    body: dict[str, object] = {
+        "type": code,
+        "title": spec.summary,
+        "status": status,
+        "detail": detail or spec.summary,
+        "remedy": spec.remedy,
+        "retryable": spec.retryable,
+    }
+    if facts:
+        body["facts"] = {name: _plain(value) for name, value in facts.items()}
+    headers: dict[str, str] = {}
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
+        headers["Retry-After"] = "5"
+    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of ``app`` with a problem document."""
+    app.add_exception_handler(PitheadError, _known)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unknown)
+
+
+async def _known(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, PitheadError)
+    return problem(error.code, error.detail, facts=error.facts)
+
+
+async def _validation(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    faults = [
+        {"path": ".".join(str(part) for part in fault["loc"]), "message": str(fault["msg"])}
+        for fault in error.errors()
+    ]
+    detail = "; ".join(f"{fault['path']}: {fault['message']}" for fault in faults)
+    return problem("request.invalid", detail, facts={"faults": faults})
+
+
+async def _http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    failed = error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    code = _OF_STATUS.get(error.status_code, "internal.error" if failed else "request.invalid")
+    return problem(code, str(error.detail), status=error.status_code)
+
+
+async def _unknown(request: Request, error: Exception) -> JSONResponse:
+    log.error("request.failed", exc_info=error, extra={"facts": {"path": request.url.path}})
+    return problem("internal.error", type(error).__name__)
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, str | int | float | bool | list | dict):
+        return value
+    return str(value)
