@@ -1,1 +1,1 @@
-"""Pure parts of the agent: the clock, the numbers and the bytes come as arguments."""
+"""The pure part of the agent: decisions as functions of values."""
