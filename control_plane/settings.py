@@ -33,7 +33,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     """More names or addresses for the server's certificate."""
     api_host: str = "127.0.0.1"
     api_port: Port = 8480
-    device_host: str = "0.0.0.0"  # noqa: S104  devices come from other machines
+    device_host: str = ""
+    """All addresses when empty: devices come from other machines."""
     device_port: Port = 8443
     broker_host: str = ""
     """Where this process and the devices find the broker; ``host`` when empty."""

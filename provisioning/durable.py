@@ -1,49 +1,40 @@
-"""Write files so that a power cut leaves the old content or the new, and nothing between."""
+"""Files that are either the old or the new after a power cut, never something between."""
 
-import contextlib
 import os
-import secrets
 from pathlib import Path
 
+PRIVATE = 0o600
+PUBLIC = 0o644
 
-def write_durable(path: Path, data: bytes, mode: int = 0o644, *, replace: bool = True) -> None:
-    """Write ``data`` to ``path``: temporary file, fsync, rename, fsync of the directory.
 
-    With ``replace`` false an existing file is never touched, not even in a
-    race: then ``FileExistsError``.
+def write(path: Path, data: bytes, mode: int = PUBLIC) -> None:
+    """Replace ``path`` by ``data``: temporary file, fsync, rename, fsync of the directory.
+
+    As root the file goes to the owner of its directory, so that a program
+    that has given up root, such as the broker, can still read it.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
+        os.fchmod(descriptor, mode)
+        if os.geteuid() == 0:
+            parent = path.parent.stat()
+            os.fchown(descriptor, parent.st_uid, parent.st_gid)
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        else:
-            os.link(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    sync_directory(path.parent)
-
-
-def make_directory(path: Path, mode: int = 0o755) -> None:
-    """Make ``path`` and its parents, durably; an existing directory keeps its mode."""
-    if path.is_dir():
-        return
-    make_directory(path.parent)
-    path.mkdir(mode=mode, exist_ok=True)
-    path.chmod(mode)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    temporary.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """Make ``path`` and what is above it; ``path`` itself gets ``mode``."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(mode)
