@@ -27,14 +27,22 @@ def write(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     finally:
         os.close(descriptor)
     temporary.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
 
 
 def make_directory(path: Path, mode: int) -> None:
-    """Make ``path`` and what is above it; ``path`` itself gets ``mode``."""
+    """Make ``path`` and what is above it, durably; ``path`` itself gets ``mode``."""
+    missing = [part for part in (path, *path.parents) if not part.exists()]
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(mode)
+    for part in reversed(missing):
+        sync_directory(part.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

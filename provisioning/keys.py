@@ -7,7 +7,10 @@ online keys can hold a fleet back, but cannot make it run a model that was
 not released.
 """
 
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +31,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, Targets
 
 from contract.errors import PitheadError
-from provisioning.durable import make_directory, write_durable
+from provisioning import durable
 
 RELEASE_ROLE: Final = "release"
 RELEASE_PATHS: Final = ("models/*/floor", *(f"models/*/*{'/*' * depth}" for depth in range(1, 6)))
@@ -94,6 +97,12 @@ def init(data_dir: Path, offline: Path, passphrase: str, now: datetime) -> dict[
     """
     if len(passphrase) < MINIMUM_PASSPHRASE:
         raise PitheadError("request.invalid", f"the passphrase needs {MINIMUM_PASSPHRASE} characters")
+    durable.make_directory(data_dir, 0o755)
+    with _alone(data_dir):
+        return _init(data_dir, offline, passphrase, now)
+
+
+def _init(data_dir: Path, offline: Path, passphrase: str, now: datetime) -> dict[Path, str]:
     files = expected_files(data_dir, offline)
     there = [str(path) for path in files if path.exists()]
     if there:
@@ -102,21 +111,31 @@ def init(data_dir: Path, offline: Path, passphrase: str, now: datetime) -> dict[
         )
     keys: Keys = {name: CryptoSigner.generate_ed25519() for name in (*OFFLINE, *ONLINE)}
     metadata = sign_metadata(keys, now)
-    make_directory(data_dir)
-    make_directory(offline, 0o700)
-    make_directory(data_dir / "signer", 0o700)
+    durable.make_directory(offline, 0o700)
+    durable.make_directory(data_dir / "signer", 0o700)
     for name in METADATA:
-        make_directory((data_dir / "tuf" / name).parent)
+        durable.make_directory((data_dir / "tuf" / name).parent, 0o755)
     locked = BestAvailableEncryption(passphrase.encode())
     for name in OFFLINE:
-        write_durable(offline / f"{name}.pem", _pem(keys[name], locked), 0o600, replace=False)
+        durable.write(offline / f"{name}.pem", _pem(keys[name], locked), durable.PRIVATE)
     for name in ONLINE:
-        write_durable(
-            data_dir / "signer" / f"{name}.pem", _pem(keys[name], NoEncryption()), 0o600, replace=False
-        )
+        durable.write(data_dir / "signer" / f"{name}.pem", _pem(keys[name], NoEncryption()), durable.PRIVATE)
     for name in METADATA:
-        write_durable(data_dir / "tuf" / name, metadata[name], replace=False)
+        durable.write(data_dir / "tuf" / name, metadata[name])
     return files
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep a second ceremony out; ``request.conflict`` when one is going on."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise PitheadError("request.conflict", f"another ceremony is going on in {directory}") from error
+    finally:
+        os.close(descriptor)
 
 
 def sign_metadata(keys: Keys, now: datetime) -> dict[str, bytes]:
