@@ -80,9 +80,20 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "No variant of the model can run on this device.",
         "Add a variant for this architecture and these accelerators.",
     ),
+    "probe.unconfined": ErrorSpec(
+        "The sandbox that the configuration requires is not available.",
+        "Use a kernel with Landlock, install libseccomp, or do not require the sandbox.",
+    ),
     # --- updates
     "update.metadata_invalid": ErrorSpec(
         "Signed metadata is not valid.", "Check the signatures; the device keeps what it has."
+    ),
+    "update.metadata_inconsistent": ErrorSpec(
+        "Signed metadata of different times were put together.",
+        "Publish again; the device keeps what it has.",
+    ),
+    "update.metadata_too_large": ErrorSpec(
+        "Signed metadata is larger than its limit.", "Check the server; the device keeps what it has."
     ),
     "update.metadata_expired": ErrorSpec(
         "Signed metadata has expired.", "Let the control plane sign again.", retryable=True
@@ -156,6 +167,13 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "The release counter does not rise.", "Use a counter above the newest release of the model."
     ),
     "release.not_admitted": ErrorSpec("The package failed its validation.", "See the detail."),
+    # --- signing
+    "signing.refused": ErrorSpec(
+        "The signer does not sign this.", "Online keys sign metadata of their own roles only."
+    ),
+    "signing.unavailable": ErrorSpec(
+        "The signer cannot be reached.", "Start it again; see its log.", retryable=True
+    ),
     # --- rollouts
     "rollout.policy_invalid": ErrorSpec("The policy is not valid.", "Correct the field that the path names."),
     "rollout.illegal_transition": ErrorSpec(
@@ -166,6 +184,13 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     ),
     "rollout.no_devices": ErrorSpec("No device matches.", "Check the group's labels."),
     # --- this machine
+    "storage.full": ErrorSpec("The device's disk is full.", "Free some space.", retryable=True),
+    "storage.failed": ErrorSpec(
+        "The device's disk cannot be read or written.", "Check the disk and the rights of the agent."
+    ),
+    "storage.corrupt": ErrorSpec(
+        "A file of the device's state cannot be read.", "It was put aside; the device went on without it."
+    ),
     "config.invalid": ErrorSpec("A setting is not valid.", "Correct the setting that the message names."),
     "source.failed": ErrorSpec(
         "A sensor source failed.", "Check the sensor and its settings.", retryable=True

@@ -17,3 +17,14 @@ class Publisher(Protocol):
 
     def ack(self, ack: Ack) -> bool:
         """Publish an acknowledgement; False when the broker cannot be reached now."""
+
+
+class MetadataSigner(Protocol):
+    """Signs update metadata with an online key that the caller never sees."""
+
+    def sign(self, role: str, payload: bytes) -> tuple[str, str]:
+        """Return ``(keyid, signature in hex)`` of a canonical payload.
+
+        Raises ``signing.refused`` when the role may not sign it, and
+        ``signing.unavailable``.
+        """

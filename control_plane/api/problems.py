@@ -43,6 +43,8 @@ STATUS: Final[Mapping[str, int]] = {
     "rollout.no_devices": 409,
     "rollout.overlap": 409,
     "rollout.policy_invalid": 422,
+    "signing.refused": 500,
+    "signing.unavailable": 503,
     "update.disk_full": 507,
     "update.not_found": 404,
     "update.unreachable": 503,

@@ -1,0 +1,1 @@
+"""The two TUF repositories and the process that holds their online keys."""
