@@ -1,4 +1,4 @@
-"""The device's configuration as types. ``wiring`` reads the file; an unknown key is an error that names it."""
+"""The device's configuration as types; an unknown key is an error that names it."""
 
 from typing import Annotated
 
