@@ -1,0 +1,234 @@
+"""The outbox: records are kept until the control plane has acknowledged them.
+
+Sequence numbers count within (epoch, priority class). The epoch is new
+whenever the file is, so a lost outbox can never give one number twice.
+"""
+
+import contextlib
+import sqlite3
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from agent.core import outbox as rules
+from agent.store import database
+from contract import codec
+from contract.messages import (
+    PROTOCOL_VERSION,
+    AckRange,
+    Body,
+    Count,
+    Envelope,
+    Micros,
+    OutboxHealth,
+    PriorityClass,
+)
+
+SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS record (
+    class TEXT NOT NULL, seq INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (class, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS counter (
+    class TEXT PRIMARY KEY, last INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS mark (source TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
+"""
+MAX_RECORD: Final = codec.MAX_PAYLOAD - 1024
+"""Bytes; a larger record could never be sent and is given up at once."""
+
+
+class Entry(Struct, frozen=True):
+    """A record before it has its place in a sequence."""
+
+    priority: PriorityClass
+    t_wall: Micros
+    t_mono: Micros
+    body: Body
+
+
+class Batch(Struct, frozen=True):
+    """Records of one class as they are to be sent, encoded."""
+
+    priority: PriorityClass
+    last: Count
+    records: tuple[bytes, ...]
+
+
+class Outbox:
+    """Records of one device. Used by one thread. Errors are ``storage.*`` and change nothing."""
+
+    def __init__(self, path: Path, *, device: str, boot_id: str, limit: int) -> None:
+        self.path = path
+        self.device = device
+        self.boot_id = boot_id
+        self.limit = limit
+        self._db = database.connect(path, SCHEMA)
+        try:
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (uuid.uuid4().hex,))
+            self._db.executemany(
+                "INSERT OR IGNORE INTO counter (class) VALUES (?)", [(p.value,) for p in rules.ORDER]
+            )
+        except sqlite3.Error as error:
+            raise database.translate(error, path) from error
+        (self.epoch,) = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+        self._records: dict[PriorityClass, int] = {}
+        self._bytes: dict[PriorityClass, int] = {}
+        self._measure()
+
+    def append(self, entries: Sequence[Entry], mark: tuple[str, int] | None = None) -> None:
+        """Store records in one transaction, giving up less important ones when there is no room.
+
+        ``mark`` is (source, n): remembered in the same transaction, so that
+        what a source repeats after a crash can be recognised.
+        """
+        encoded = [(e, codec.encode(self._envelope(e, 2**53))) for e in entries]
+        fitting = [(e, len(data)) for e, data in encoded if len(data) <= MAX_RECORD]
+        coming: dict[PriorityClass, int] = {}
+        for entry, length in fitting:
+            coming[entry.priority] = coming.get(entry.priority, 0) + length
+        given = rules.evictions(self._bytes, coming, self.limit)
+        with self._transaction() as db:
+            self._count_lost(e.priority for e, data in encoded if len(data) > MAX_RECORD)
+            short = {p: share - self._evict(p, share) for p, share in given.items()}
+            for entry, length in fitting:
+                if short.get(entry.priority, 0) > 0:
+                    short[entry.priority] -= length
+                    self._count_lost([entry.priority])
+                    continue
+                self._insert(entry)
+            if mark is not None:
+                db.execute("INSERT OR REPLACE INTO mark VALUES (?, ?)", mark)
+
+    def marked(self, source: str) -> int:
+        """Return the number last stored with ``append(..., mark)`` for a source, 0 if none."""
+        row = self._db.execute("SELECT n FROM mark WHERE source = ?", (source,)).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def forget_marks(self, keep: str) -> None:
+        """Delete the marks of all other sources."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM mark WHERE source != ?", (keep,))
+
+    def acknowledge(self, ack: AckRange) -> int:
+        """Delete what the control plane has stored; return how many records that were."""
+        if ack.epoch != self.epoch:
+            return 0
+        before = self._records.get(ack.priority, 0)
+        if before == 0:
+            return 0
+        with self._transaction() as db:
+            for first, last in rules.acknowledged(ack):
+                self._forget(db, ack.priority, first, last)
+        return before - self._records.get(ack.priority, 0)
+
+    def unsent(self, priority: PriorityClass, after: int, *, records: int, size: int) -> Batch | None:
+        """Return the next records of a class above sequence number ``after``, at most ``size`` bytes."""
+        rows = self._db.execute(
+            "SELECT seq, body FROM record WHERE class = ? AND seq > ? ORDER BY seq LIMIT ?",
+            (priority.value, after, records),
+        )
+        taken: list[bytes] = []
+        last = after
+        for seq, body in rows:
+            if taken and sum(map(len, taken)) + len(body) > size:
+                break
+            taken.append(body)
+            last = seq
+        return Batch(priority, last, tuple(taken)) if taken else None
+
+    def waiting(self, priority: PriorityClass, up_to: int) -> int:
+        """Return how many records of a class up to a sequence number are still here."""
+        (n,) = self._db.execute(
+            "SELECT COUNT(*) FROM record WHERE class = ? AND seq <= ?", (priority.value, up_to)
+        ).fetchone()
+        return int(n)
+
+    def health(self) -> OutboxHealth:
+        """Return size and losses."""
+        rows = self._db.execute("SELECT class, lost FROM counter WHERE lost > 0")
+        return OutboxHealth(
+            records=sum(self._records.values()), bytes=sum(self._bytes.values()), lost=dict(rows.fetchall())
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _envelope(self, entry: Entry, seq: int) -> Envelope:
+        return Envelope(
+            v=PROTOCOL_VERSION,
+            device=self.device,
+            priority=entry.priority,
+            epoch=self.epoch,
+            seq=seq,
+            boot_id=self.boot_id,
+            t_wall=entry.t_wall,
+            t_mono=entry.t_mono,
+            body=entry.body,
+        )
+
+    def _insert(self, entry: Entry) -> None:
+        ((seq,),) = self._db.execute(
+            "UPDATE counter SET last = last + 1 WHERE class = ? RETURNING last", (entry.priority.value,)
+        ).fetchall()
+        data = codec.encode(self._envelope(entry, seq))
+        self._db.execute("INSERT INTO record VALUES (?, ?, ?)", (entry.priority.value, seq, data))
+        self._records[entry.priority] = self._records.get(entry.priority, 0) + 1
+        self._bytes[entry.priority] = self._bytes.get(entry.priority, 0) + len(data)
+
+    def _evict(self, priority: PriorityClass, share: int) -> int:
+        """Delete the oldest records of a class until ``share`` bytes are free; return the bytes."""
+        rows = self._db.execute(
+            "SELECT seq, LENGTH(body) FROM record WHERE class = ? ORDER BY seq", (priority.value,)
+        )
+        freed, count, last = 0, 0, 0
+        for seq, length in rows:
+            if freed >= share:
+                break
+            freed, count, last = freed + length, count + 1, seq
+        rows.close()
+        if count:
+            self._forget(self._db, priority, 1, last)
+            self._count_lost([priority] * count)
+        return freed
+
+    def _forget(self, db: sqlite3.Connection, priority: PriorityClass, first: int, last: int) -> None:
+        span = (priority.value, first, last)
+        count, length = db.execute(
+            "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM record"
+            " WHERE class = ? AND seq BETWEEN ? AND ?",
+            span,
+        ).fetchone()
+        if count:
+            db.execute("DELETE FROM record WHERE class = ? AND seq BETWEEN ? AND ?", span)
+            self._records[priority] -= count
+            self._bytes[priority] -= length
+
+    def _count_lost(self, classes: Iterable[PriorityClass]) -> None:
+        self._db.executemany(
+            "UPDATE counter SET lost = lost + 1 WHERE class = ?", [(p.value,) for p in classes]
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._measure()
+            if isinstance(error, sqlite3.Error):
+                raise database.translate(error, self.path) from error
+            raise
+
+    def _measure(self) -> None:
+        """Read the sizes from the file."""
+        rows = self._db.execute("SELECT class, COUNT(*), SUM(LENGTH(body)) FROM record GROUP BY class")
+        self._records, self._bytes = {}, {}
+        for name, count, length in rows:
+            self._records[PriorityClass(name)] = count
+            self._bytes[PriorityClass(name)] = length
