@@ -53,8 +53,8 @@ def encode_batch(envelopes: list[Envelope]) -> tuple[bytes, str]:
     return zstandard.ZstdCompressor(level=3).compress(payload), JSON_ZSTD
 
 
-def decode_batch(payload: bytes, content_type: str | None) -> list[Envelope]:
-    """Return the envelopes of a batch; errors as for ``decode``.
+def open_payload(payload: bytes, content_type: str | None) -> bytes:
+    """Return the JSON of a payload as sent, within both limits.
 
     A compressed payload is never inflated beyond ``MAX_DECODED``.
     """
@@ -63,16 +63,20 @@ def decode_batch(payload: bytes, content_type: str | None) -> list[Envelope]:
             "message.too_large", f"{len(payload)} bytes, limit {MAX_PAYLOAD}", limit=MAX_PAYLOAD
         )
     if content_type == JSON_ZSTD:
-        payload = _inflate(payload)
-    elif content_type not in (None, "", JSON):
+        return _inflate(payload)
+    if content_type not in (None, "", JSON):
         raise PitheadError("message.malformed", f"content type {content_type!r} is not known")
+    return payload
+
+
+def decode_batch(payload: bytes, content_type: str | None) -> list[Envelope]:
+    """Return the envelopes of a batch; errors as for ``decode`` and ``open_payload``."""
     try:
-        envelopes = _envelopes.decode(payload)
+        return _envelopes.decode(open_payload(payload, content_type))
     except msgspec.MsgspecError as error:
         raise PitheadError("message.malformed", str(error)) from error
     except UnicodeDecodeError as error:
         raise PitheadError("message.malformed", f"not UTF-8: {error}") from error
-    return envelopes
 
 
 def _inflate(payload: bytes) -> bytes:

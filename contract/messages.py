@@ -200,6 +200,8 @@ class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
     alarms: Count = 0
     missing: Count = 0
     """Samples that did not come, came late or were out of range."""
+    suppressed: Count = 0
+    """Alarms for which no ``Anomaly`` was sent, since there were too many at once."""
     activation: Count = 0
     variant: Name | None = None
     accelerator: str | None = None
@@ -221,12 +223,15 @@ class Envelope(Struct, frozen=True, omit_defaults=True, rename={"priority": "cla
     v: int
     device: DeviceId
     priority: PriorityClass
-    epoch: str
-    seq: Annotated[int, Meta(ge=1)]
+    epoch: Annotated[str, Meta(min_length=1, max_length=64)]
+    seq: Annotated[int, Meta(ge=1, le=2**62)]
     boot_id: str
     t_wall: Micros
     t_mono: Micros
     body: Body
+    oldest: Count = 0
+    """The smallest ``seq`` of this epoch and class that the device still holds: what is below was
+    acknowledged or given up, so nobody need wait for it. 0 when the device does not say."""
 
 
 class Status(Struct, frozen=True, omit_defaults=True):

@@ -1,6 +1,6 @@
 """What the services need from the world outside of the database, as protocols."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from contract.messages import Ack, DesiredHint
@@ -10,13 +10,13 @@ Clock = Callable[[], int]
 
 
 class Publisher(Protocol):
-    """Sends messages to devices. Neither call waits for the device."""
+    """Sends messages to devices. No call waits for a device."""
 
-    def hint(self, hint: DesiredHint) -> bool:
-        """Publish a retained hint; False when the broker cannot be reached now."""
+    def hints(self, hints: Sequence[DesiredHint]) -> frozenset[str]:
+        """Publish retained hints; return the devices whose hint the broker has taken."""
 
-    def ack(self, ack: Ack) -> bool:
-        """Publish an acknowledgement; False when the broker cannot be reached now."""
+    def acks(self, acks: Sequence[Ack]) -> None:
+        """Publish acknowledgements. One that is lost does no harm: the device sends its records again."""
 
 
 class MetadataSigner(Protocol):

@@ -1,0 +1,1 @@
+"""From MQTT to the database: receive, check, store in batches, acknowledge."""
