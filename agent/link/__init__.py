@@ -1,0 +1,1 @@
+"""How the supervisor speaks with the control plane: MQTT and HTTPS."""
