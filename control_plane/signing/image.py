@@ -143,7 +143,7 @@ def check_release(image: ImageMetadata, data: bytes, name: str, version: str, no
     if new.signed.version != old.version + 1:
         raise PitheadError(
             "request.conflict",
-            f"release metadata version {new.signed.version} does not follow {old.version}; fetch and sign again",
+            f"release metadata {new.signed.version} does not follow {old.version}; fetch and sign again",
         )
     if new.signed.is_expired(datetime.fromtimestamp(now / 1_000_000, UTC)):
         raise PitheadError("request.invalid", "the release metadata has expired")

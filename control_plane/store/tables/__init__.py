@@ -1,5 +1,5 @@
 """All tables of the control plane. Importing this module fills ``SQLModel.metadata``."""
 
-from control_plane.store.tables import device, event, telemetry, token
+from control_plane.store.tables import desired, device, event, registry, telemetry, token, tuf
 
-__all__ = ["device", "event", "telemetry", "token"]
+__all__ = ["desired", "device", "event", "registry", "telemetry", "token", "tuf"]
