@@ -1,0 +1,96 @@
+"""A lane's hold on its source: opens it, and opens it again when it fails."""
+
+import logging
+from dataclasses import replace
+from typing import Final
+
+from agent.engine.clock import Clock
+from agent.engine.sources import open_source
+from agent.engine.sources.base import Batch, Source, Table
+from contract.errors import PitheadError
+from contract.manifest import Pipeline
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S: Final = 0.5
+LAST_RETRY_S: Final = 30.0
+
+
+def needs(pipeline: Pipeline) -> tuple[object, ...]:
+    """What of a pipeline a source depends on."""
+    return tuple(c.name for c in pipeline.channels), pipeline.sample_rate_hz
+
+
+class Feed:
+    """Used by the lane's thread alone."""
+
+    def __init__(self, lane: str, clock: Clock) -> None:
+        self._lane, self._clock = lane, clock
+        self._key: tuple[object, ...] | None = None
+        self._source: Source | None = None
+        self._retry_s = FIRST_RETRY_S
+        self._retry_at: int | None = 0
+        self._fresh = True
+        self.problem: PitheadError | None = None
+        """Why there are no rows, until there are some again."""
+
+    def poll(self, table: Table, pipeline: Pipeline, limit: int) -> Batch | None:
+        """Return rows of the source that ``table`` describes, for the channels of ``pipeline``.
+
+        Opens it first where that is needed; a failure is kept in ``problem``.
+        """
+        key = (tuple(table.items()), needs(pipeline))
+        if repr(key) != repr(self._key):
+            self.close()
+            self._key, self._retry_at, self._retry_s, self.problem = key, 0, FIRST_RETRY_S, None
+        try:
+            if self._source is None:
+                if self._retry_at is None or self._clock.mono() < self._retry_at:
+                    return None
+                self._source = open_source(table, pipeline, self._clock)
+                self._fresh = True
+            batch = self._source.poll(limit)
+        except PitheadError as error:
+            self._failed(error)
+            return None
+        if batch is None:
+            return None
+        if self.problem is not None:
+            log.info("source.recovered", extra={"facts": {"lane": self._lane}})
+        self.problem, self._retry_s = None, FIRST_RETRY_S
+        if self._fresh:
+            self._fresh = False
+            batch = replace(batch, continues=False)
+        return batch
+
+    def wait_s(self) -> float:
+        """Return how long it pays to wait before the next ``poll``."""
+        if self._source is not None:
+            return self._source.wait_s()
+        if self._retry_at is None:
+            return LAST_RETRY_S
+        return max(0.0, (self._retry_at - self._clock.mono()) / 1e6)
+
+    def backlog(self) -> int:
+        """Return how many rows wait to be taken."""
+        return 0 if self._source is None else self._source.backlog()
+
+    def close(self) -> None:
+        """Give the source back."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _failed(self, error: PitheadError) -> None:
+        self.close()
+        if self.problem is None or str(self.problem) != str(error):
+            log.warning(
+                "source.failed",
+                extra={"facts": {"lane": self._lane, "code": error.code, "detail": error.detail}},
+            )
+        self.problem = error
+        if not error.retryable:
+            self._retry_at = None
+            return
+        self._retry_at = self._clock.mono() + round(self._retry_s * 1e6)
+        self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)

@@ -1,0 +1,303 @@
+"""One lane: source -> window -> features -> session -> score -> sink, in a thread of its own.
+
+A batch of rows is taken at each wake-up. Between two batches the session may
+be swapped: the rows before went through the old one, the rows after go
+through the new one, and the windower goes on where it was.
+
+Latency of a window: how long its last row lay in the queue beyond the
+``GATHER_US`` that a lane may gather rows, plus an equal share of what its
+batch cost around the model, plus its own run of the model (an equal share,
+where one run takes many windows). The pause between two wake-ups is left
+out, since no model changes it; a model that cannot keep up shows at once.
+"""
+
+import logging
+import threading
+from collections import deque
+from typing import Final
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent.engine.clock import Clock
+from agent.engine.feed import Feed, needs
+from agent.engine.loading import Loader, Served, key, load
+from agent.engine.outlet import Outlet
+from agent.engine.report import Reporter
+from agent.engine.sources.base import TICK_S, Batch
+from agent.ports import FitResult, Fitted, LaneSpec, LaneState
+from contract.errors import PitheadError
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS: Final = 1024
+SLICE_US: Final = 100_000.0
+"""A batch should take about this long at most, so that the lane can answer."""
+GATHER_US: Final = 2 * TICK_S * 1e6
+LONGEST_PAUSE_S: Final = 1.0
+
+
+class Lane:
+    """Runs what it was last told to; ``configure`` and ``stop`` may come from another thread."""
+
+    def __init__(self, spec: LaneSpec, bucket_s: float, outlet: Outlet, loader: Loader, clock: Clock) -> None:
+        self.name = spec.lane
+        self._wanted, self._bucket_s = spec, bucket_s
+        self._outlet, self._loader, self._clock = outlet, loader, clock
+        self._wake = threading.Event()
+        self._stopping = False
+        self._loaded: deque[tuple[LaneSpec, Served | PitheadError]] = deque()
+        self._fits: deque[tuple[Served, FitResult | PitheadError]] = deque()
+        self._serving: Served | None = None
+        self._candidate: Served | None = None
+        """Loaded, and calibrating before it may serve."""
+        self._fitting = False
+        self._loading: LaneSpec | None = None
+        self._refused: tuple[LaneSpec, PitheadError] | None = None
+        """What was wanted and could not be loaded."""
+        self._broken: PitheadError | None = None
+        """An error of the lane itself."""
+        self._feed = Feed(spec.lane, clock)
+        self._report = Reporter(spec.lane, bucket_s, outlet, clock)
+        self._thread = threading.Thread(target=self._run, name=f"lane-{spec.lane}", daemon=True)
+
+    # ---- from the server's thread
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def configure(self, spec: LaneSpec, bucket_s: float) -> None:
+        """Become ``spec`` as soon as possible."""
+        self._wanted, self._bucket_s = spec, bucket_s
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End after the batch at hand; ``join`` waits for it."""
+        self._stopping = True
+        self._wake.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Return whether the lane has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # ---- the lane's own thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._step()
+                self._broken = None
+            except Exception as error:
+                log.exception("lane.failed", extra={"facts": {"lane": self.name}})
+                self._broken = PitheadError("internal.error", f"{type(error).__name__}: {error}")
+                self._report.state(self._state(self._wanted))
+                self._wake.wait(LONGEST_PAUSE_S)
+        self._feed.close()
+        self._report.close(self._wanted, self._serving)
+        for served in (self._serving, self._candidate):
+            if served is not None:
+                self._loader.submit(served.session.close)
+
+    def _step(self) -> None:
+        self._wake.clear()
+        wanted = self._wanted
+        self._take_loaded(wanted)
+        self._take_fits(wanted)
+        self._load_if_needed(wanted)
+        self._pump(wanted)
+        self._report.tick(wanted, self._serving, self._bucket_s, self._feed.backlog())
+        self._report.state(self._state(wanted))
+        pause = min(self._report.wait_s(), LONGEST_PAUSE_S)
+        if self._serving is not None or self._candidate is not None:
+            pause = min(pause, self._feed.wait_s())
+        self._wake.wait(pause)
+
+    # ---- versions
+
+    def _load_if_needed(self, wanted: LaneSpec) -> None:
+        if self._candidate is not None and not self._candidate.serves(wanted):
+            self._drop_candidate()
+        if self._serving is not None and self._serving.serves(wanted):
+            self._refused = None
+            if wanted.fit is not None:
+                self._outlet.forget_fit(self.name)
+            return
+        if self._candidate is not None:
+            return
+        if self._loading is not None and key(self._loading) == key(wanted):
+            return
+        if self._refused is not None and key(self._refused[0]) == key(wanted):
+            return
+        self._refused, self._loading = None, wanted
+        self._loader.submit(lambda: self._load(wanted))
+
+    def _load(self, spec: LaneSpec) -> None:
+        """Runs in the loader's thread."""
+        try:
+            self._loaded.append((spec, load(spec)))
+        except PitheadError as error:
+            self._loaded.append((spec, error))
+        except Exception as error:
+            log.exception("lane.load_failed", extra={"facts": {"lane": self.name}})
+            failure = PitheadError("inference.load_failed", f"{type(error).__name__}: {error}")
+            self._loaded.append((spec, failure))
+        self._wake.set()
+
+    def _take_loaded(self, wanted: LaneSpec) -> None:
+        while self._loaded:
+            spec, result = self._loaded.popleft()
+            if self._loading is not None and key(spec) == key(self._loading):
+                self._loading = None
+            done = any(v is not None and v.serves(spec) for v in (self._serving, self._candidate))
+            if key(spec) != key(wanted) or done:
+                if isinstance(result, Served):
+                    self._loader.submit(result.session.close)
+            elif isinstance(result, PitheadError):
+                self._refused = (spec, result)
+            elif result.calibration is None:
+                self._swap(result)
+            else:
+                self._calibrate(result)
+
+    def _calibrate(self, fresh: Served) -> None:
+        """Fit ``fresh`` on the live rows, beside the version that serves on the same rows.
+
+        A version that needs another source ends the serving of the old one.
+        """
+        self._drop_candidate()
+        self._candidate = fresh
+        old = self._serving
+        if old is not None and needs(old.pipeline) != needs(fresh.pipeline):
+            self._report.swapped(old.spec, old, self._feed.backlog())
+            self._serving = None
+            self._loader.submit(old.session.close)
+
+    def _fit(self, served: Served) -> None:
+        """Runs in the loader's thread."""
+        assert served.calibration is not None
+        try:
+            self._fits.append((served, served.calibration.result(served.scorer, self._clock.wall())))
+        except PitheadError as error:
+            self._fits.append((served, error))
+        except Exception as error:
+            log.exception("lane.fit_failed", extra={"facts": {"lane": self.name}})
+            self._fits.append((served, PitheadError("internal.error", f"{type(error).__name__}: {error}")))
+        self._wake.set()
+
+    def _take_fits(self, wanted: LaneSpec) -> None:
+        while self._fits:
+            served, result = self._fits.popleft()
+            if served is not self._candidate:
+                continue
+            if isinstance(result, PitheadError):
+                self._drop_candidate()
+                self._refused = (wanted, result)
+                continue
+            self._candidate, self._fitting = None, False
+            served.apply(result)
+            self._swap(served)
+            self._outlet.fitted(Fitted(lane=self.name, digest=served.spec.digest, fit=result))
+
+    def _swap(self, fresh: Served) -> None:
+        """Serve with ``fresh`` from the next row on."""
+        self._drop_candidate()
+        old, self._serving = self._serving, fresh
+        facts = {"lane": self.name, "version": fresh.spec.version, "activation": fresh.spec.activation}
+        log.info("lane.swapped", extra={"facts": facts})
+        if old is None:
+            return
+        if needs(old.pipeline) == needs(fresh.pipeline) and old.windower.geometry == fresh.windower.geometry:
+            fresh.windower = old.windower
+        self._report.swapped(old.spec, old, self._feed.backlog())
+        self._loader.submit(old.session.close)
+
+    def _drop_candidate(self) -> None:
+        if self._candidate is not None:
+            # Queued behind a fit that may still run on it.
+            self._loader.submit(self._candidate.session.close)
+        self._candidate, self._fitting = None, False
+
+    # ---- rows
+
+    def _pump(self, wanted: LaneSpec) -> None:
+        leader = self._serving or self._candidate
+        if leader is None:
+            return
+        batch = self._feed.poll(wanted.source, leader.pipeline, _limit(leader))
+        if batch is None:
+            return
+        if self._candidate is not None:
+            self._collect(self._candidate, batch)
+        if self._serving is not None:
+            self._score(self._serving, batch)
+
+    def _collect(self, served: Served, batch: Batch) -> None:
+        usable = served.bounds.usable(batch.values)
+        windows = served.windower.push(batch.values, usable, continues=batch.continues)
+        if self._fitting or served.calibration is None:
+            return
+        if self._serving is None:
+            self._report.missing(batch.lost + int((~usable).sum()))
+        served.calibration.add(windows)
+        if served.calibration.complete:
+            self._fitting = True
+            self._loader.submit(lambda: self._fit(served))
+
+    def _score(self, served: Served, batch: Batch) -> None:
+        began = self._clock.mono()
+        usable = served.bounds.usable(batch.values)
+        self._report.missing(batch.lost + int((~usable).sum()))
+        windows = served.windower.push(batch.values, usable, continues=batch.continues)
+        n = len(windows.starts)
+        if not n:
+            return
+        queued = self._clock.wall() - batch.t[windows.ends] - GATHER_US
+        scored = served.scorer.run(windows)
+        around = max(0.0, self._clock.mono() - began - float(scored.run_us.sum())) / n
+        latency: NDArray[np.float64] = np.maximum(queued, 0.0) + around + scored.run_us
+        served.windows += int(scored.good.sum())
+        if scored.error is not None:
+            served.errors += int((~scored.good).sum())
+            served.last_error = scored.error
+        self._report.scored(served, batch, windows, scored, latency)
+
+    # ---- state
+
+    def _state(self, wanted: LaneSpec) -> LaneState:
+        serving, candidate = self._serving, self._candidate
+        settled = serving is not None and serving.serves(wanted)
+        state = LaneState(lane=self.name, model_name=wanted.model_name, state="running")
+        problem = self._broken or self._feed.problem
+        if self._refused is not None:
+            state, problem = replace(state, state="failed"), self._refused[1]
+        elif candidate is not None:
+            progress = 1.0 if candidate.calibration is None else candidate.calibration.progress
+            state = replace(state, state="calibrating", progress=progress)
+        elif not settled:
+            state = replace(state, state="loading")
+        elif problem is not None:
+            state = replace(state, state="failed")
+        elif serving is not None:
+            problem = serving.last_error
+        if serving is not None:
+            state = replace(
+                state,
+                digest=serving.spec.digest,
+                activation=serving.spec.activation,
+                accelerator=serving.session.accelerator,
+                windows=serving.windows,
+                errors=serving.errors,
+            )
+        if not settled:
+            state = replace(state, wanted_digest=wanted.digest, wanted_activation=wanted.activation)
+        if problem is not None:
+            state = replace(state, code=problem.code, detail=problem.detail[:2000])
+        return state
+
+
+def _limit(served: Served) -> int:
+    windows = max(1, int(SLICE_US / max(served.scorer.window_us, 1.0)))
+    return min(MOST_ROWS, windows * served.pipeline.stride)

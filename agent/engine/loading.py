@@ -1,0 +1,185 @@
+"""Open a lane's model beside the one that serves: verify its bytes, load, run once."""
+
+import hashlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from agent.engine.calibration import Calibration, check_fit
+from agent.engine.score import Debounce, Scorer
+from agent.engine.window import Bounds, Windower
+from agent.ports import FitResult, LaneSpec
+from contract.errors import PitheadError
+from contract.manifest import FileRef, Manifest, Pipeline, Score, Variant
+from inference.registry import open_session, read_file
+from inference.session import Session
+
+log = logging.getLogger(__name__)
+
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Served:
+    """A version that is loaded and ready for windows."""
+
+    spec: LaneSpec
+    pipeline: Pipeline
+    score: Score
+    session: Session
+    scorer: Scorer
+    threshold: float
+    calibration: Calibration | None
+    """Not None while the version has no fit and needs one."""
+    bounds: Bounds
+    windower: Windower
+    debounce: Debounce
+    fit: FitResult | None = None
+    windows: int = 0
+    """Scored since this session began to serve."""
+    errors: int = 0
+    last_error: PitheadError | None = None
+
+    def apply(self, fit: FitResult) -> None:
+        """Serve with this fit from the next window on."""
+        self.fit = fit
+        self.calibration = None
+        self.threshold = fit.threshold
+        self.scorer.mean, self.scorer.scale = fit.mean, fit.scale
+
+    def serves(self, wanted: LaneSpec) -> bool:
+        """Whether ``wanted`` asks for nothing but what this is.
+
+        A fit that this engine made itself and that has not come back in the
+        spec yet is not a difference.
+        """
+        if wanted.fit not in (self.spec.fit, self.fit):
+            return False
+        return _identity(self.spec) == _identity(wanted)
+
+
+def key(spec: LaneSpec) -> tuple[object, ...]:
+    """What cannot change without a new session."""
+    return *_identity(spec), spec.fit
+
+
+def _identity(spec: LaneSpec) -> tuple[str, str, str, int]:
+    return spec.digest, spec.variant, spec.accelerator, spec.activation
+
+
+def load(spec: LaneSpec, threads: int = 1) -> Served:
+    """Return the version that ``spec`` names, ready to score.
+
+    Raises ``package.*`` for files that are not what the manifest says, and
+    ``inference.*`` where the runtime refuses.
+    """
+    manifest = _manifest(spec)
+    pipeline, score = manifest.pipeline, manifest.score
+    if pipeline is None or score is None:
+        raise PitheadError("package.manifest_invalid", f"{manifest.name} has no pipeline or score for a lane")
+    _check(pipeline)
+    variant = _variant(manifest, spec)
+    model = _verified(spec, variant.file)
+    if spec.fit is not None:
+        check_fit(spec.fit, pipeline.fit, len(pipeline.channels))
+    session = open_session(model, variant.format, spec.accelerator, threads)
+    try:
+        scorer = Scorer(session, pipeline, score, variant.inputs, variant.outputs)
+        scorer.warm_up()
+    except BaseException:
+        session.close()
+        raise
+    served = Served(
+        spec=spec,
+        pipeline=pipeline,
+        score=score,
+        session=session,
+        scorer=scorer,
+        threshold=score.threshold,
+        calibration=None,
+        bounds=Bounds(pipeline.channels),
+        windower=Windower(pipeline.window, pipeline.stride, len(pipeline.channels)),
+        debounce=Debounce(score.debounce),
+    )
+    if spec.fit is not None:
+        served.apply(spec.fit)
+    elif pipeline.fit is not None:
+        served.calibration = Calibration(pipeline.fit, pipeline.window)
+    return served
+
+
+def _manifest(spec: LaneSpec) -> Manifest:
+    try:
+        with Path(spec.manifest).open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise PitheadError("package.file_missing", f"{spec.manifest}: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != spec.digest:
+        raise PitheadError("package.file_mismatch", f"the manifest {spec.manifest} has another SHA-256")
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise PitheadError("package.manifest_invalid", str(error)) from error
+
+
+def _variant(manifest: Manifest, spec: LaneSpec) -> Variant:
+    for variant in manifest.variants:
+        if variant.name == spec.variant:
+            if spec.accelerator not in variant.accelerators:
+                raise PitheadError(
+                    "inference.accelerator_missing",
+                    f"variant {variant.name} is not made for {spec.accelerator}",
+                )
+            return variant
+    raise PitheadError("package.manifest_invalid", f"{manifest.name} has no variant {spec.variant}")
+
+
+def _check(pipeline: Pipeline) -> None:
+    channels = len(pipeline.channels)
+    ranges = [] if pipeline.fit is None else [pipeline.fit.mean_range, pipeline.fit.scale_range]
+    if any(len(part) != channels for part in (pipeline.mean, pipeline.scale, *ranges)):
+        raise PitheadError(
+            "package.manifest_invalid", f"pipeline: mean and scale are not for {channels} channels"
+        )
+    if any(scale <= 0 for scale in pipeline.scale):
+        raise PitheadError("package.manifest_invalid", "pipeline.scale must be above 0")
+    if pipeline.fit is not None and any(low <= 0 for low, _ in pipeline.fit.scale_range):
+        raise PitheadError("package.manifest_invalid", "pipeline.fit.scale_range must lie above 0")
+
+
+def _verified(spec: LaneSpec, ref: FileRef) -> bytes:
+    """Return the file's bytes, read once: what was hashed is what the runtime gets."""
+    path = spec.files.get(ref.path)
+    if path is None:
+        raise PitheadError("package.file_missing", f"no object is given for {ref.path}")
+    return read_file(Path(path), ref)
+
+
+class Loader:
+    """One thread that loads, fits and frees sessions, so that no lane waits for it."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` after those that were given before."""
+        self._jobs.put(job)
+
+    def start(self) -> None:
+        """Start the thread; it dies with the process, since a load may never end."""
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                job()
+            except Exception:
+                log.exception("loader.job_failed")
