@@ -1,0 +1,149 @@
+"""Confine this process before it opens a model that nobody has opened before.
+
+Called once, in the probe process, after the runtime was imported: what is
+loaded stays usable, and nothing new can be opened, started or sent. Each
+layer is used where the kernel offers it; the report says which were.
+
+Landlock by its three system calls (``linux/landlock.h``), seccomp by
+libseccomp, the rest by ``setrlimit`` and ``prctl``.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import struct
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+
+from contract.errors import PitheadError
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_RESTRICT_SELF: Final = 446
+_LANDLOCK_VERSION: Final = 1
+_CLONE_THREAD: Final = 0x10000
+
+_FS_RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15}
+"""Number of file-system rights by Landlock ABI; 16 from ABI 5 on."""
+_NET_FROM_ABI: Final = 4
+_SCOPE_FROM_ABI: Final = 6
+_SPARE_FILES: Final = 8
+
+ALLOWED_CALLS: Final = (
+    # memory
+    *("brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "mlock", "munlock", "membarrier"),
+    # what is open already
+    *("read", "readv", "pread64", "write", "writev", "lseek", "fstat", "close", "poll", "ppoll"),
+    # threads of this process
+    *("futex", "set_robust_list", "rseq", "sched_yield", "sched_getaffinity", "sched_setaffinity", "gettid"),
+    *("getpid", "tgkill", "exit", "exit_group", "get_mempolicy"),
+    # signals, time, facts
+    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall"),
+    *("clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "getrandom"),
+    *("getrusage", "getcpu", "uname", "sysinfo", "prctl"),
+)
+"""All other system calls fail with EPERM, but for new threads of this process."""
+
+
+class SandboxReport(Struct, frozen=True):
+    """Which layers hold."""
+
+    no_new_privs: bool
+    rlimits: bool
+    landlock_abi: int
+    """0 where the kernel has no Landlock."""
+    seccomp: bool
+
+    @property
+    def level(self) -> str:
+        """``full``, ``partial`` (one of Landlock and seccomp is missing) or ``limits`` (both are)."""
+        layers = (self.landlock_abi > 0) + self.seccomp
+        return ("limits", "partial", "full")[layers] if self.no_new_privs and self.rlimits else "none"
+
+
+def confine(
+    *, memory_bytes: int, cpu_s: int, parent: int | None = None, require: bool = False
+) -> SandboxReport:
+    """Confine this process, for ever; returns what holds.
+
+    ``memory_bytes`` counts on top of the address space that is in use now;
+    ``cpu_s`` likewise. ``parent`` is the process whose death ends this one.
+    Raises ``probe.unconfined`` when ``require`` and any layer is missing.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if parent is not None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+    filters = _seccomp_filter()
+    _limit(memory_bytes, cpu_s)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    privileges = libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    abi = _landlock(libc) if privileges else 0
+    if filters is not None:
+        filters.load()
+    report = SandboxReport(
+        no_new_privs=privileges, rlimits=True, landlock_abi=abi, seccomp=filters is not None
+    )
+    if require and report.level != "full":
+        raise PitheadError("probe.unconfined", f"the sandbox is only {report.level!r}: {report}")
+    return report
+
+
+def _limit(memory_bytes: int, cpu_s: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = int(used.ru_utime + used.ru_stime) + 1 + cpu_s
+    files = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + _SPARE_FILES
+    for what, limit in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + memory_bytes),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, files),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(what)[1]
+        value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(what, (value, value))
+
+
+def _landlock(libc: ctypes.CDLL) -> int:
+    """Forbid every path, TCP port and foreign abstract socket; returns the ABI, 0 where there is none."""
+    abi: int = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION)
+    if abi < 1:
+        return 0
+    rights = (1 << _FS_RIGHTS.get(abi, 16)) - 1
+    attributes = struct.pack("=Q", rights)
+    if abi >= _NET_FROM_ABI:
+        attributes += struct.pack("=Q", 0b11)
+    if abi >= _SCOPE_FROM_ABI:
+        attributes += struct.pack("=Q", 0b11)
+    ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+    if ruleset < 0:
+        return 0
+    try:
+        return abi if libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0 else 0
+    finally:
+        os.close(ruleset)
+
+
+def _seccomp_filter() -> Any:
+    """Return the filter, ready to load, or None where libseccomp is missing."""
+    try:
+        import pyseccomp  # noqa: PLC0415 - it fails to import where libseccomp is missing
+    except (ImportError, OSError, RuntimeError):
+        return None
+    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(1))
+    for name in ALLOWED_CALLS:
+        rules.add_rule(pyseccomp.ALLOW, name)
+    rules.add_rule(
+        pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD)
+    )
+    # glibc then takes clone, whose flags a filter can read.
+    rules.add_rule(pyseccomp.ERRNO(38), "clone3")
+    return rules
