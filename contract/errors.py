@@ -176,6 +176,7 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     ),
     # --- rollouts
     "rollout.policy_invalid": ErrorSpec("The policy is not valid.", "Correct the field that the path names."),
+    "rollout.trace_invalid": ErrorSpec("The trace is not valid.", "Correct the line that the message names."),
     "rollout.illegal_transition": ErrorSpec(
         "The rollout is not in a state that allows this.", "See its state."
     ),

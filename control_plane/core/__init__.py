@@ -1,0 +1,1 @@
+"""What the control plane decides, as functions of values: no clock, no chance, no I/O."""

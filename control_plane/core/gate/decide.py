@@ -1,0 +1,302 @@
+"""From evidence to a verdict: one joint permutation test for harm, one test per metric for its absence.
+
+HALT: the largest standardised rank sum over metrics x {since activation,
+last third} and silence, after the minimum harm has been taken from the
+canaries, with the error spent over the looks.
+ADVANCE: non-inferiority. The margin is taken from the canaries, and the test
+asks whether they are then better than the controls. Every metric must pass,
+so each may be tested at full alpha (intersection-union; Berger 1982).
+"""
+
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from control_plane.core.gate import design, spending
+from control_plane.core.gate.evidence import (
+    Booleans,
+    Evidence,
+    Floats,
+    Integers,
+    Look,
+    MetricLook,
+    Outcome,
+    Verdict,
+    hold,
+)
+from control_plane.core.gate.permutation import Allocations
+from control_plane.core.gate.scores import (
+    SILENCE_FROM,
+    Column,
+    Panel,
+    column,
+    contrast,
+    presence,
+    recent_silence,
+    silence_column,
+)
+from control_plane.core.gate.spending import Table
+from control_plane.core.policy import Metric, Policy
+
+DECIMALS: Final = 4
+"""z is rounded to this, so that ties are ties on every machine."""
+AXES: Final = 2
+
+
+def assess(evidence: Evidence, policy: Policy) -> Verdict:
+    """Return the gate's answer to all of ``evidence``.
+
+    Fails closed: evidence that is absent, empty or unreadable holds, with
+    the reason.
+    """
+    problem = _unreadable(evidence, policy)
+    if problem is not None:
+        return hold(problem)
+    verdict = _Comparison(evidence, policy).verdict()
+    few = _too_few(evidence, policy)
+    if few is not None and verdict.verdict is Outcome.HOLD:
+        return msgspec.structs.replace(verdict, reason=few, too_few=True)
+    return verdict
+
+
+def examine(evidence: Evidence, policy: Policy) -> tuple[Look, ...]:
+    """Return every look that ``evidence`` allows, up to the deciding one."""
+    return assess(evidence, policy).looks
+
+
+class _Comparison:
+    """One comparison of canaries with controls, all looks at once."""
+
+    def __init__(self, evidence: Evidence, policy: Policy) -> None:
+        self.evidence = evidence
+        self.policy = policy
+        self.treated: Booleans = np.asarray(evidence.treated, dtype=bool)
+        self.strata: Integers = np.unique(np.asarray(evidence.strata), return_inverse=True)[1]
+        self.present = presence(evidence)
+        self.panels = {metric.name: Panel(evidence, metric) for metric in policy.metrics}
+        buckets = self.present.shape[1] - evidence.pre
+        self.last = policy.max_soak_buckets
+        planned = spending.schedule(policy.first_look, policy.look_growth, self.last)
+        self.looks = [bucket for bucket in planned if bucket <= buckets]
+        self.allocations = Allocations(
+            self.treated, self.strata, seed=evidence.seed, limit=policy.permutations
+        )
+
+    def verdict(self) -> Verdict:
+        """Return the verdict and the looks that led to it."""
+        if not self.looks:
+            return hold(f"soaking: first look at bucket {self.policy.first_look}")
+        harm_columns = [self._harm_columns(bucket) for bucket in self.looks]
+        margin_columns = [
+            [self._margin_column(metric, bucket) for bucket in self.looks] for metric in self.policy.metrics
+        ]
+        tables = self._permute(harm_columns, margin_columns)
+        return self._decide(harm_columns, *tables)
+
+    def _harm_columns(self, bucket: int) -> list[Column]:
+        spans = [("", 0)]
+        if bucket >= self.policy.last_third_after:
+            spans.append((", last third", bucket * 2 // 3))
+        columns = []
+        for metric in self.policy.metrics:
+            shift = np.where(self.treated, metric.shift(metric.minimum_harm), 0.0)
+            for label, start in spans:
+                scores = self.panels[metric.name].adjusted(start, bucket, shift, self.strata)
+                columns.append(column(metric.name + label, scores, self.treated, self.strata))
+        columns.append(silence_column(self._silence(bucket), self.treated, self.strata))
+        return [found for found in columns if found is not None]
+
+    def _margin_column(self, metric: Metric, bucket: int) -> Column | None:
+        shift = np.where(self.treated, metric.shift(metric.margin), 0.0)
+        scores = self.panels[metric.name].adjusted(0, bucket, shift, self.strata)
+        # Whoever is silent now ranks worst, canary or not: the dead must not vote for the release.
+        scores = np.where(self._silence(bucket) >= SILENCE_FROM, np.inf, scores)
+        return column(metric.name, -scores, self.treated, self.strata)
+
+    def _silence(self, bucket: int) -> Floats:
+        return recent_silence(self.present, self.evidence.pre, bucket, self.policy.silent_buckets)
+
+    def _permute(
+        self, harm: list[list[Column]], margins: list[list[Column | None]]
+    ) -> tuple[Table, list[Table]]:
+        """Return (choices x looks of the largest z for harm, the same of z against the margin by metric)."""
+        flat = [found for columns in harm for found in columns]
+        flat += [found for columns in margins for found in columns if found is not None]
+        n, looks = self.allocations.count, len(self.looks)
+        harm_table = np.full((n, looks), -np.inf, np.float32)
+        margin_tables = [np.full((n, looks), -np.inf, np.float32) for _ in margins]
+        if not flat:
+            return harm_table, margin_tables
+        weights = np.stack([found.weights for found in flat], axis=1).astype(np.float32)
+        row = 0
+        for choices in self.allocations.chunks():
+            z = np.round(choices @ weights, DECIMALS)
+            rows = slice(row, row + len(choices))
+            row += len(choices)
+            at = 0
+            for index, columns in enumerate(harm):
+                if columns:
+                    harm_table[rows, index] = z[:, at : at + len(columns)].max(axis=1)
+                at += len(columns)
+            for table, found in zip(margin_tables, margins, strict=True):
+                for index, one in enumerate(found):
+                    if one is not None:
+                        table[rows, index] = z[:, at]
+                        at += 1
+        return harm_table, margin_tables
+
+    def _decide(self, harm: list[list[Column]], harm_table: Table, margin_tables: list[Table]) -> Verdict:
+        policy = self.policy
+        alpha = policy.alpha * self.evidence.alpha_share
+        halted_at, limits = self._crossing(harm_table, alpha)
+        passed = [self._crossing(table, policy.alpha)[0] for table in margin_tables]
+        looks: list[Look] = []
+        for index, bucket in enumerate(self.looks):
+            metrics = tuple(
+                self._metric_look(metric, bucket, table[:, index], passed=at is not None and at <= index)
+                for metric, table, at in zip(policy.metrics, margin_tables, passed, strict=True)
+            )
+            worst = self._worst(harm[index])
+            outcome, reason = self._outcome(index, halted_at, metrics, worst)
+            z = float(harm_table[0, index])
+            looks.append(
+                Look(
+                    bucket=bucket,
+                    verdict=outcome,
+                    reason=reason,
+                    harm_z=z if np.isfinite(z) else None,
+                    harm_p=_p(harm_table[:, index]),
+                    harm_limit=limits[index] if np.isfinite(limits[index]) else None,
+                    worst=worst,
+                    alpha_spent=alpha * spending.spent(bucket, policy.first_look, self.last),
+                    metrics=metrics,
+                )
+            )
+            if outcome is not Outcome.HOLD:
+                break
+        final = looks[-1]
+        return Verdict(
+            verdict=final.verdict,
+            reason=final.reason,
+            bucket=None if final.verdict is Outcome.HOLD else final.bucket,
+            looks=tuple(looks),
+            permutations=self.allocations.count,
+            exact=self.allocations.exact,
+            exhausted=final.bucket >= self.last,
+        )
+
+    def _outcome(
+        self, index: int, halted_at: int | None, metrics: tuple[MetricLook, ...], worst: str | None
+    ) -> tuple[Outcome, str]:
+        bucket = self.looks[index]
+        if halted_at is not None and index >= halted_at:
+            return Outcome.HALT, _harm_words(worst, metrics)
+        if not self.evidence.may_advance:
+            return Outcome.HOLD, "no harm shown; this comparison only watches"
+        open_metrics = [look.metric for look in metrics if not look.passed]
+        if open_metrics:
+            return Outcome.HOLD, f"harm of the margin is not refuted yet: {', '.join(open_metrics)}"
+        if bucket < self.policy.min_soak_buckets:
+            return Outcome.HOLD, f"soaking until bucket {self.policy.min_soak_buckets}"
+        absent = self._absent(bucket)
+        if absent is not None:
+            return Outcome.HOLD, absent
+        return Outcome.ADVANCE, "harm of the margin is refuted in every metric"
+
+    def _absent(self, bucket: int) -> str | None:
+        speaking = self._silence(bucket) < SILENCE_FROM
+        for arm, members in (("canaries", self.treated), ("controls", ~self.treated)):
+            share = float(speaking[members].mean())
+            if share < self.policy.min_coverage:
+                return (
+                    f"{int((members & ~speaking).sum())} of {int(members.sum())} {arm} are silent; "
+                    f"{self.policy.min_coverage:.0%} must report"
+                )
+        return None
+
+    def _metric_look(self, metric: Metric, bucket: int, table: Table, *, passed: bool) -> MetricLook:
+        scores = self.panels[metric.name].adjusted(0, bucket, np.zeros(len(self.treated)), self.strata)
+        return MetricLook(
+            metric=metric.name,
+            shift=contrast(scores, self.treated, self.strata),
+            margin_p=_p(table),
+            passed=passed,
+        )
+
+    def _worst(self, columns: list[Column]) -> str | None:
+        if not columns:
+            return None
+        return max(columns, key=lambda found: float(found.weights[self.treated].sum())).name
+
+    def _crossing(self, table: Table, alpha: float) -> tuple[int | None, list[float]]:
+        return spending.first_crossing(
+            table, self.looks, alpha=alpha, first=self.policy.first_look, last=self.last
+        )
+
+
+def _p(column: Table) -> float | None:
+    if not np.isfinite(column[0]):
+        return None
+    return float((column >= column[0]).mean())
+
+
+def _harm_words(worst: str | None, metrics: tuple[MetricLook, ...]) -> str:
+    if worst == "silence":
+        return "harm shown: more canaries than controls fell silent"
+    for look in metrics:
+        if worst is not None and worst.startswith(look.metric) and look.shift is not None:
+            return f"harm above the minimum shown in {worst} (canaries {look.shift:+.4g} against controls)"
+    return f"harm above the minimum shown in {worst}"
+
+
+def _unreadable(evidence: Evidence, policy: Policy) -> str | None:
+    """Return why nothing can be concluded from ``evidence``, or None when it can be read."""
+    n = len(evidence.devices)
+    if n == 0:
+        return "no evidence: no devices"
+    if len(evidence.treated) != n or len(evidence.strata) != n:
+        return "unreadable evidence: devices, treated and strata differ in length"
+    if not any(evidence.treated) or all(evidence.treated):
+        return f"no evidence: no {'controls' if any(evidence.treated) else 'canaries'}"
+    shapes = {np.shape(evidence.series.get(metric.name, ())) for metric in policy.metrics}
+    absent = [metric.name for metric in policy.metrics if metric.name not in evidence.series]
+    if absent:
+        return f"no evidence for {', '.join(absent)}"
+    shape = shapes.pop()
+    if shapes or len(shape) != AXES or shape[0] != n or not 0 <= evidence.pre <= shape[1]:
+        return "unreadable evidence: a metric is not an array of devices x buckets like the others"
+    return _unusable(evidence, policy)
+
+
+def _unusable(evidence: Evidence, policy: Policy) -> str | None:
+    for metric in policy.metrics:
+        values = np.asarray(evidence.series[metric.name], dtype=np.float64)
+        after = values[:, evidence.pre :]
+        if np.isinf(values).any():
+            return f"unreadable evidence: {metric.name} has infinite values"
+        if after.shape[1] >= policy.first_look and np.isnan(after).all():
+            return f"no evidence for {metric.name} since the activation"
+    return None
+
+
+def _too_few(evidence: Evidence, policy: Policy) -> str | None:
+    sizes: dict[str, tuple[int, int]] = {}
+    for treated, stratum in zip(evidence.treated, evidence.strata, strict=True):
+        canaries, devices = sizes.get(stratum, (0, 0))
+        sizes[stratum] = (canaries + treated, devices + 1)
+    if design.can_decide(list(sizes.values()), alpha=policy.alpha):
+        return None
+    canaries = sum(evidence.treated)
+    controls = len(evidence.treated) - canaries
+    more = design.canaries_needed(controls, alpha=policy.alpha)
+    others = design.controls_needed(canaries, alpha=policy.alpha)
+    ways = []
+    if more is not None and more > canaries:
+        ways.append(f"at least {more} canaries beside {controls} controls")
+    if others is not None and others > controls:
+        ways.append(f"at least {others} controls beside {canaries} canaries")
+    return (
+        f"too few devices for a decision ({canaries} canaries, {controls} controls): needs "
+        f"{' or '.join(ways) or 'larger strata'}"
+    )

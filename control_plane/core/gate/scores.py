@@ -1,0 +1,157 @@
+"""One number per device and look, and from it the standardised rank that is permuted.
+
+Nothing here knows who is a canary, but for the harm (or margin) that the
+null hypothesis takes away from the canaries beforehand. So the labels can be
+permuted afterwards without computing any of this again.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from control_plane.core.gate.evidence import Booleans, Evidence, Floats, Integers
+from control_plane.core.policy import Metric
+
+REGRESSION_NEEDS: Final = 8
+"""With fewer devices the period before is subtracted instead of regressed on."""
+SILENCE_FROM: Final = 0.5
+"""Missing less than this share of the recent buckets is not silence."""
+FEWEST: Final = 2
+ROUNDING: Final = 1e-12
+
+
+class Panel:
+    """The evidence of one metric, prepared for means over any span of buckets."""
+
+    def __init__(self, evidence: Evidence, metric: Metric) -> None:
+        values = np.asarray(evidence.series[metric.name], dtype=np.float64)
+        if metric.logarithmic:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.where(values > 0, np.log(values), np.nan)
+        if not metric.higher_is_worse:
+            values = -values
+        seen = ~np.isnan(values)
+        self.pre = evidence.pre
+        self._sums = _running(np.where(seen, values, 0.0))
+        self._counts = _running(seen.astype(np.float64))
+        self.before = self.mean(-self.pre, 0)
+
+    def mean(self, start: int, end: int) -> Floats:
+        """Return each device's mean over buckets ``start`` to ``end`` (counted from activation), or NaN."""
+        a, b = self.pre + start, self.pre + end
+        n = self._counts[:, b] - self._counts[:, a]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(n > 0, (self._sums[:, b] - self._sums[:, a]) / n, np.nan)
+
+    def adjusted(self, start: int, end: int, shift: Floats, strata: Integers) -> Floats:
+        """Return the means less ``shift``, adjusted for the period before (analysis of covariance)."""
+        return _adjust(self.mean(start, end) - shift, self.before, strata)
+
+
+class Column(msgspec.Struct, frozen=True):
+    """Weights of the devices: a row of the choices times ``weights`` is one standardised rank sum."""
+
+    name: str
+    weights: Floats
+
+
+def presence(evidence: Evidence) -> Booleans:
+    """Return devices x buckets: whether the device gave any value of any metric."""
+    present: Booleans = np.any([~np.isnan(series) for series in evidence.series.values()], axis=0)
+    return present
+
+
+def recent_silence(present: Booleans, pre: int, bucket: int, window: int) -> Floats:
+    """Return the share of the last ``window`` buckets before ``bucket`` in which each device was silent."""
+    span = min(bucket, window)
+    silent: Floats = 1.0 - present[:, pre + bucket - span : pre + bucket].mean(axis=1)
+    return silent
+
+
+def silence_column(silence: Floats, treated: Booleans, strata: Integers) -> Column | None:
+    """Return the weights for "more canaries than controls fell silent"."""
+    scores = np.where(silence < SILENCE_FROM, 0.0, silence)
+    return column("silence", scores, treated, strata)
+
+
+def column(name: str, scores: Floats, treated: Booleans, strata: Integers) -> Column | None:
+    """Return the weights of ``scores`` (larger is worse, NaN counts nothing), or None if they say nothing.
+
+    Aligned ranks: each stratum is centred at its median, all are ranked
+    together (ties share their mean rank), and the ranks are centred in each
+    stratum again. The variance of their sum over a random choice within
+    strata is exact.
+    """
+    aligned = scores - _by_stratum(np.where(np.isfinite(scores), scores, np.nan), strata, np.median)
+    seen = ~np.isnan(aligned)
+    if seen.sum() < FEWEST:
+        return None
+    ranks = np.zeros(len(scores))
+    ranks[seen] = _ranks(aligned[seen]) / (seen.sum() + 1)
+    weights = np.zeros(len(scores))
+    variance = 0.0
+    for stratum in np.unique(strata):
+        members = strata == stratum
+        here = members & seen
+        if not here.any():
+            continue
+        weights[here] = ranks[here] - ranks[here].mean()
+        n = int(members.sum())
+        share = float(treated[members].mean())
+        variance += share * (1 - share) * n / max(n - 1, 1) * float(weights[here] @ weights[here])
+    if variance <= ROUNDING:
+        return None
+    return Column(name, weights / np.sqrt(variance))
+
+
+def contrast(scores: Floats, treated: Booleans, strata: Integers) -> float | None:
+    """Return the mean of the canaries less that of the controls, weighted over the strata."""
+    total = weight = 0.0
+    for stratum in np.unique(strata):
+        here = (strata == stratum) & np.isfinite(scores)
+        canaries, controls = scores[here & treated], scores[here & ~treated]
+        if len(canaries) and len(controls):
+            w = len(canaries) * len(controls) / (len(canaries) + len(controls))
+            total += w * float(canaries.mean() - controls.mean())
+            weight += w
+    return total / weight if weight else None
+
+
+def _adjust(after: Floats, before: Floats, strata: Integers) -> Floats:
+    both = ~np.isnan(after) & ~np.isnan(before)
+    if not both.any():
+        return after
+    x = np.where(both, before, np.nan)
+    y = np.where(both, after, np.nan)
+    slope = 1.0
+    if both.sum() >= REGRESSION_NEEDS:
+        x0 = (x - _by_stratum(x, strata, np.mean))[both]
+        y0 = (y - _by_stratum(y, strata, np.mean))[both]
+        spread = float(x0 @ x0)
+        slope = float(x0 @ y0) / spread if spread > ROUNDING else 0.0
+    # A device without a period before is judged as if it had been an average one.
+    missing = _by_stratum(x, strata, np.mean)
+    missing = np.where(np.isnan(missing), np.nanmean(x), missing)
+    return after - slope * np.where(np.isnan(before), missing, before)
+
+
+def _by_stratum(values: Floats, strata: Integers, centre: Callable[[Floats], np.floating]) -> Floats:
+    result = np.full(len(values), np.nan)
+    for stratum in np.unique(strata):
+        members = strata == stratum
+        seen = values[members & ~np.isnan(values)]
+        if len(seen):
+            result[members] = centre(seen)
+    return result
+
+
+def _ranks(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _running(values: Floats) -> Floats:
+    return np.concatenate([np.zeros((values.shape[0], 1)), np.cumsum(values, axis=1)], axis=1)
