@@ -206,6 +206,11 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def moment(micros: int) -> Moment:
+    """Return microseconds since 1970-01-01 UTC as certificates want them."""
+    return dt.datetime.fromtimestamp(micros // 1_000_000, dt.UTC)
+
+
 def key_hash(key: ec.EllipticCurvePublicKey) -> str:
     """Return the SHA-256 of the key's SubjectPublicKeyInfo, in hex."""
     spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -21,6 +21,8 @@ class Device(SQLModel, table=True):
     enrolled_at: int = Field(sa_type=MICROS)
     enrolled_by: str = ""
     """Id of the join token."""
+    key_hash: str = ""
+    """SHA-256 of the public key with which it enrolled."""
     online: bool = False
     online_at: int | None = Field(default=None, sa_type=MICROS)
     """When ``online`` changed last, by this server's clock."""

@@ -1,0 +1,52 @@
+"""A cap on the size of request bodies, counted and not believed."""
+
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from control_plane.api.problems import problem
+
+
+class BodyLimit:
+    """ASGI middleware: reads a body before the app does, and answers 413 to one that is too large.
+
+    Paths below ``uncapped`` stream their body and count for themselves.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, uncapped: Sequence[str] = ()) -> None:
+        self._app = app
+        self._limit = limit
+        self._uncapped = tuple(uncapped)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or str(scope["path"]).startswith(self._uncapped):
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        more = scope["method"] not in {"GET", "HEAD"}
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client left
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._limit:
+                answer = problem("request.too_large", f"the body is above {self._limit} bytes")
+                answer.headers["Connection"] = "close"
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, _once(bytes(body), receive), send)
+
+
+def _once(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
