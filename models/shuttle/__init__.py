@@ -1,0 +1,1 @@
+"""`shuttle`: a dense autoencoder on the labelled sensor data of the Statlog Shuttle set."""
