@@ -1,0 +1,1 @@
+"""Check signed metadata and fetch what they name: the only way by which anything new comes in."""
