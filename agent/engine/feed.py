@@ -39,8 +39,8 @@ class Feed:
 
         Opens it first where that is needed; a failure is kept in ``problem``.
         """
-        key = (tuple(table.items()), needs(pipeline))
-        if repr(key) != repr(self._key):
+        key = table, needs(pipeline)
+        if key != self._key:
             self.close()
             self._key, self._retry_at, self._retry_s, self.problem = key, 0, FIRST_RETRY_S, None
         try:

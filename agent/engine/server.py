@@ -158,7 +158,8 @@ class Server:
         facts = {"not_stored": self._outlet.waiting, "lost": self._outlet.lost}
         log.info("engine.stopped", extra={"facts": facts})
         self._drop_peer()
-        self._listener.close()
+        for end in (self._selector, self._listener, self._wake_in, self._wake_out):
+            end.close()
         if _identity(self._path) == self._mine:
             self._path.unlink(missing_ok=True)
 

@@ -42,6 +42,8 @@ class Windows:
         """Return (windows, window, channels) of ``values``, which has one row for each of ``rows``."""
         if window == 1:
             return values[self.starts][:, None, :]
+        if not len(self.starts):
+            return np.empty((0, window, values.shape[1]), np.float32)
         views = sliding_window_view(values, window, axis=0)[self.starts]
         return np.ascontiguousarray(views.transpose(0, 2, 1))
 
