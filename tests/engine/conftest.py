@@ -58,6 +58,13 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
     raise AssertionError(f"not in {deadline_s} s: {what}")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @dataclass
 class Package:
     """A manifest and one model file, lying as objects."""

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
-from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.client import Client, MQTTMessage, error_string
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.engine.clock import Clock
@@ -33,6 +33,8 @@ MAX_WAITING: Final = 20_000
 """Rows that wait to be taken; older ones are lost, and counted."""
 MAX_PAYLOAD: Final = 256 * 1024
 CONNECT_S: Final = 10.0
+LOOP_S: Final = 0.5
+"""How long the client's thread waits for the network at once."""
 
 Topic = Annotated[str, Meta(min_length=1, max_length=1024)]
 _row = msgspec.json.Decoder(dict[str, Any] | list[Any] | int | float | bool | str | None)
@@ -161,13 +163,13 @@ class MqttSource:
         self._port = given.port or (8883 if given.tls else 1883)
         self._problem: str | None = None
         self._subscribed = False
+        self._closing = False
         self._opened = clock.mono()
         self._client = Client(
             CallbackAPIVersion.VERSION2, client_id=given.client_id, protocol=MQTTProtocolVersion.MQTTv5
         )
         self._client.on_connect = self._connected
-        self._client.on_connect_fail = self._not_connected
-        self._client.on_disconnect = self._disconnected
+        self._client.connect_timeout = CONNECT_S / 2
         self._client.on_subscribe = self._granted
         self._client.on_message = self._message
         if given.tls:
@@ -175,8 +177,8 @@ class MqttSource:
         if given.credentials_file is not None:
             credentials = _credentials(given.credentials_file)
             self._client.username_pw_set(credentials.username, credentials.password)
-        self._client.connect_async(given.host, self._port, keepalive=30)
-        self._client.loop_start()
+        self._thread = threading.Thread(target=self._serve, name="mqtt-source", daemon=True)
+        self._thread.start()
 
     def poll(self, limit: int) -> Batch | None:
         """See ``Source``."""
@@ -204,14 +206,26 @@ class MqttSource:
 
     def close(self) -> None:
         """See ``Source``."""
-        self._client.on_disconnect = None
-        self._client.disconnect()
-        self._client.loop_stop()
+        self._closing = True
+        self._thread.join(2 * LOOP_S)
 
     def _failure(self, problem: str) -> PitheadError:
         return PitheadError("source.failed", f"mqtt {self._given.host}:{self._port}: {problem}")
 
     # ---- on the client's thread
+
+    def _serve(self) -> None:
+        """Connect once and receive until the connection ends; the lane decides about another."""
+        try:
+            self._client.connect(self._given.host, self._port, keepalive=30)
+            while not self._closing:
+                result = self._client.loop(LOOP_S)
+                if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    self._problem = self._problem or f"connection lost: {error_string(result)}"
+                    return
+            self._client.disconnect()
+        except (OSError, ValueError) as error:
+            self._problem = str(error) or type(error).__name__
 
     def _connected(self, client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
@@ -220,14 +234,6 @@ class MqttSource:
         topics = self._given.topics or (self._given.topic or "",)
         options = SubscribeOptions(qos=self._given.qos)
         client.subscribe([(topic, options) for topic in topics])
-
-    def _not_connected(self, _client: Client, _userdata: Any) -> None:
-        self._problem = "no connection"
-
-    def _disconnected(
-        self, _client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any
-    ) -> None:
-        self._problem = self._problem or f"connection lost: {reason}"
 
     def _granted(
         self, _client: Client, _userdata: Any, _mid: int, reasons: list[Any], _properties: Any
