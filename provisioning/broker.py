@@ -11,6 +11,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from cryptography import x509
 
 from contract.errors import PitheadError
 from contract.topics import ROOT
 from provisioning import durable
 
 INGEST_SERVICE: Final = "svc-ingest"
+PID_FILE: Final = "mosquitto.pid"
+END_OF_CRL: Final = b"-----END X509 CRL-----"
+AUTHORITIES_OF_CLIENTS: Final = 2
 BROKER_USER: Final = "mosquitto"
 MESSAGE_LIMIT: Final = 1024 * 1024
 """Above the protocol's own limit: a device that breaks that one shall be recorded, not merely cut off."""
@@ -78,6 +83,43 @@ def write(directory: Path, files: BrokerFiles, *, port: int, bind: str = "") -> 
 def write_revocations(directory: Path, revoked: bytes) -> None:
     """Replace the revocation lists. The broker reads them when it starts and on SIGHUP."""
     durable.write(directory / "crl.pem", revoked)
+
+
+def reload(directory: Path) -> bool:
+    """Let the running broker of ``directory`` read its revocation lists again; False when none runs here.
+
+    The files are parsed first, since mosquitto takes a broken one for an
+    empty one, and everybody would be let in.
+    """
+    process = running(directory)
+    if process is None:
+        return False
+    if (directory / "acl").read_text(encoding="utf-8") != ACCESS_LIST:
+        raise PitheadError("config.invalid", f"{directory / 'acl'} was changed; write it again: pithead init")
+    _check_revocations(directory / "crl.pem")
+    os.kill(process, signal.SIGHUP)
+    return True
+
+
+def running(directory: Path) -> int | None:
+    """Return the process id of the broker of ``directory`` if it runs on this machine."""
+    try:
+        process = int((directory / "data" / PID_FILE).read_text(encoding="utf-8"))
+        command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return process if os.fsencode(directory / "mosquitto.conf") in command else None
+
+
+def _check_revocations(path: Path) -> None:
+    text = path.read_bytes()
+    lists = [END_OF_CRL.join((part, b"")) for part in text.split(END_OF_CRL)[:-1]]
+    try:
+        parsed = [x509.load_pem_x509_crl(part) for part in lists]
+    except ValueError as error:
+        raise PitheadError("config.invalid", f"{path}: {error}") from error
+    if len(parsed) != AUTHORITIES_OF_CLIENTS:
+        raise PitheadError("config.invalid", f"{path} holds {len(parsed)} lists")
 
 
 def executable() -> str:
@@ -173,6 +215,7 @@ def _config(directory: Path, port: int, bind: str, user: str | None) -> str:
         "use_username_as_clientid true",
         "allow_anonymous false",
         f"acl_file {directory}/acl",
+        f"pid_file {directory}/data/{PID_FILE}",
         "persistence true",
         f"persistence_location {directory}/data/",
         "autosave_interval 5",

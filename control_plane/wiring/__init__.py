@@ -1,0 +1,1 @@
+"""Builds the control plane from its parts. The only reader of clock and environment."""

@@ -1,0 +1,215 @@
+"""The whole control plane as one object: made from its parts, started, served, stopped."""
+
+import contextlib
+import datetime as dt
+import logging
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from uvicorn import Config
+
+from contract.errors import PitheadError
+from control_plane.api import (
+    bundle,
+    devices,
+    enrol,
+    events,
+    groups,
+    health,
+    releases,
+    telemetry,
+    tokens,
+)
+from control_plane.api.app import devices_app, operators_app
+from control_plane.api.mtls import device_config, server_context
+from control_plane.ingest.mqtt import BrokerAddress, Ingest
+from control_plane.ingest.writer import Writer
+from control_plane.services.access import Access
+from control_plane.services.devices import Devices
+from control_plane.services.director import Director
+from control_plane.services.enrolment import Enrolment
+from control_plane.services.image_repository import ImageRepository
+from control_plane.services.releases import Releases
+from control_plane.services.staging import Staging
+from control_plane.services.telemetry import Telemetry
+from control_plane.settings import Settings
+from control_plane.signing.client import SignerClient
+from control_plane.store.database import Database
+from control_plane.wiring.clock import now_micros
+from control_plane.wiring.layout import Layout
+from control_plane.wiring.listeners import Listener, bind, serve
+from control_plane.wiring.signer import SignerProcess
+from control_plane.wiring.site import open_database
+from control_plane.workers.hints import HintPublisher
+from control_plane.workers.loop import Task, Workers
+from control_plane.workers.revocations import RevocationLists
+from provisioning import broker, pki
+
+log = logging.getLogger(__name__)
+
+
+class ControlPlane:
+    """One process of the control plane for one data directory."""
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        require_site(layout)
+        self.layout = layout
+        self.settings = settings
+        self.database = open_database(layout, settings)
+        layout.site.renew(layout.server_names(settings), pki.moment(now_micros()))
+        listen = layout.signer_socket()
+        self.signer = SignerProcess(listen, layout.signer_keys)
+        self.signer_client = SignerClient(listen)
+        self.images = ImageRepository(self.database, self.signer_client, layout.tuf, now_micros)
+        self.director = Director(self.database, self.signer_client, self.images, now_micros)
+        self.releases = Releases(
+            self.database,
+            self.images,
+            layout.objects,
+            Staging(layout.staging, settings.quota_bytes),
+            now_micros,
+        )
+        self.access = Access(self.database, now_micros)
+        self.devices = Devices(self.database, now_micros, revoked=self._revoked)
+        self.enrolment = Enrolment(
+            self.database,
+            now_micros,
+            device_authority=layout.site.device_authority,
+            server_authority=layout.site.server_authority,
+            anchors=_Anchors(self.images, self.database),
+            broker=(settings.broker, settings.broker_port),
+            certificate_days=settings.certificate_days,
+        )
+        self.telemetry = Telemetry(self.database)
+        self.ingest = Ingest(
+            BrokerAddress(
+                settings.broker,
+                settings.broker_port,
+                layout.site.server_ca_file,
+                layout.site.ingest_certificate,
+                layout.site.ingest_key,
+            ),
+            Writer(self.database, now_micros),
+            now_micros,
+            batch=settings.ingest_batch,
+            linger_s=settings.ingest_linger_ms / 1000,
+        )
+        self.revocations = RevocationLists(self.devices.revocations, self._publish_revocations, now_micros)
+        self.workers = Workers(self._tasks())
+
+    def serve(self, ready: Callable[[], None]) -> None:
+        """Run until SIGTERM or SIGINT; ``ready`` is called when both listeners answer."""
+        settings = self.settings
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.database.close)
+            api = stack.enter_context(bind(settings.api_host, settings.api_port, "api_port"))
+            device = stack.enter_context(bind(settings.device_host, settings.device_port, "device_port"))
+            stack.callback(self.signer.stop)
+            self.signer.start()
+            stack.callback(self.signer_client.close)
+            self.images.prepare()
+            self.releases.prepare()
+            self.revocations.tick()
+            stack.callback(self.ingest.stop)
+            self.ingest.start()
+            stack.callback(self.workers.stop)
+            self.workers.start()
+            serve([Listener(self._api_config(), api), Listener(self._device_config(), device)], ready)
+            log.info("control_plane.stopping")
+
+    def operators_app(self) -> FastAPI:
+        """Return the operators' API."""
+        return operators_app(
+            version("pithead"),
+            self.access,
+            [
+                devices.router(self.devices),
+                groups.router(self.devices),
+                telemetry.router(self.telemetry),
+                events.router(self.telemetry),
+                tokens.router(self.access, self.enrolment),
+                releases.router(self.releases),
+                health.router(version("pithead"), self._parts()),
+            ],
+            max_body_bytes=self.settings.max_body_bytes,
+        )
+
+    def devices_app(self) -> FastAPI:
+        """Return the devices' API."""
+        return devices_app(
+            version("pithead"),
+            self.devices,
+            [enrol.router(self.enrolment), bundle.router(self.director, self.layout.objects)],
+            max_body_bytes=self.settings.max_body_bytes,
+        )
+
+    def _api_config(self) -> Config:
+        return Config(
+            self.operators_app(), log_config=None, access_log=False, server_header=False, lifespan="off"
+        )
+
+    def _device_config(self) -> Config:
+        site = self.layout.site
+        context = server_context(site.server_certificate, site.server_key, site.device_ca_file)
+        return device_config(self.devices_app(), context)
+
+    def _tasks(self) -> list[Task]:
+        hints = HintPublisher(self.database, self.director.hint, self.ingest)
+        return [
+            Task("signer", 1.0, self.signer.keep),
+            Task("hints", 0.25, hints.tick),
+            Task("image-metadata", 60.0, self.images.renew),
+            Task("revocations", 60.0, self.revocations.tick),
+        ]
+
+    def _parts(self) -> dict[str, Callable[[], bool]]:
+        return {
+            "database": self._database_answers,
+            "broker": lambda: self.ingest.connected,
+            "signer": lambda: self.signer.running,
+        }
+
+    def _database_answers(self) -> bool:
+        try:
+            with self.database.reading() as tx:
+                tx.execute(text("SELECT 1"))
+        except SQLAlchemyError:
+            return False
+        return True
+
+    def _revoked(self) -> None:
+        self.revocations.tick()
+
+    def _publish_revocations(self, revoked: Sequence[pki.Revocation], now: dt.datetime) -> None:
+        broker.write_revocations(self.layout.broker, self.layout.site.write_crl(revoked, now))
+        broker.reload(self.layout.broker)
+
+
+class _Anchors:
+    """Reads the first roots for ``Enrolment``."""
+
+    def __init__(self, images: ImageRepository, database: Database) -> None:
+        self._images = images
+        self._database = database
+
+    def first_roots(self) -> tuple[bytes, bytes]:
+        """See ``services.enrolment.TrustAnchors``."""
+        with self._database.reading() as tx:
+            return self._images.read(tx).roots[0], self._images.director_roots(tx)[0]
+
+
+def require_site(layout: Layout) -> None:
+    """Raise ``config.invalid`` naming the command that makes what is missing."""
+    if not layout.site.exists:
+        raise PitheadError(
+            "config.invalid",
+            f"{layout.data_dir} is no site; make one: pithead init --data-dir {layout.data_dir}",
+        )
+    if not any(layout.signer_keys.glob("*.pem")):
+        raise PitheadError(
+            "config.invalid",
+            f"there are no signing keys; make them: pithead keys init --data-dir {layout.data_dir}",
+        )

@@ -1,0 +1,91 @@
+"""What ``pithead init`` makes: authorities, the broker's files, the database, the first administrator."""
+
+import os
+from pathlib import Path
+
+import msgspec
+from sqlmodel import select
+
+from contract.errors import PitheadError
+from control_plane.cli.client import profile_path
+from control_plane.services.access import Access, IssuedToken
+from control_plane.settings import FILE_NAME, Settings
+from control_plane.store.database import Database
+from control_plane.store.tables.token import ApiToken
+from control_plane.wiring.clock import now_micros
+from control_plane.wiring.layout import Layout
+from provisioning import broker, durable, pki
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What ``init`` has done."""
+
+    site: bool
+    token: IssuedToken | None
+    profile: Path | None
+
+
+def init(layout: Layout, settings: Settings, written: Settings | None) -> Made:
+    """Make what is missing; what is there is left as it is.
+
+    ``written`` becomes the settings file when there is none. The broker's
+    configuration is written anew in any case, from the settings.
+    """
+    layout.make()
+    path = layout.data_dir / FILE_NAME
+    if written is not None and not path.exists():
+        durable.write(path, _toml(written).encode())
+    now = pki.moment(now_micros())
+    fresh = not layout.site.exists
+    if fresh:
+        layout.site.create(layout.server_names(settings), now)
+    broker.write(layout.broker, layout.site.broker_files((), now), port=settings.broker_port)
+    database = open_database(layout, settings)
+    try:
+        token = _first_token(database)
+    finally:
+        database.close()
+    profile = None if token is None else _write_profile(settings, token)
+    return Made(fresh, token, profile)
+
+
+def open_database(layout: Layout, settings: Settings) -> Database:
+    """Return the database with its newest schema; nobody else may read the file."""
+    previous = os.umask(0o077)
+    try:
+        database = Database(layout.database_url(settings))
+        database.migrate()
+    finally:
+        os.umask(previous)
+    return database
+
+
+def _first_token(database: Database) -> IssuedToken | None:
+    with database.reading() as tx:
+        if tx.exec(select(ApiToken.id).limit(1)).first() is not None:
+            return None
+    return Access(database, now_micros).create(actor="init", name="first-admin", roles=["admin"])
+
+
+def _write_profile(settings: Settings, token: IssuedToken) -> Path | None:
+    """Write the command line's profile, unless there is one of another site."""
+    path = profile_path()
+    if path.exists():
+        return None
+    try:
+        durable.make_directory(path.parent, 0o700)
+        text = f'server = "http://{settings.api_host}:{settings.api_port}"\ntoken = "{token.token}"\n'
+        durable.write(path, text.encode(), durable.PRIVATE)
+    except OSError as error:
+        raise PitheadError("config.invalid", f"{path}: {error}") from error
+    return path
+
+
+def _toml(settings: Settings) -> str:
+    changed = msgspec.structs.asdict(settings)
+    default = msgspec.structs.asdict(Settings())
+    lines = ["# Settings of the control plane; every one can be overridden by PITHEAD_<NAME>."]
+    for name, value in changed.items():
+        if value != default[name]:
+            lines.append(f"{name} = {msgspec.json.encode(value).decode()}")
+    return "\n".join(lines) + "\n"
