@@ -105,13 +105,14 @@ def _refresh(tuf: Path, anchors: Anchors, raw: bytes, now: int, work: Path) -> V
     director = VerifiedRepository(DIRECTOR, bundle.director, anchors.director_root, work / DIRECTOR)
     image = VerifiedRepository(IMAGE, bundle.image, anchors.image_root, work / IMAGE)
     image.load_delegated(RELEASE_ROLE, target_path("-", "-", "-"))
+    # First of all: versions are counted per device, so another device's say nothing here.
+    desired = agreement.desired_of(anchors.device, director.top_targets)
     new = director.marks() | image.marks()
     authorities = director.authorities() | image.authorities()
     marks.check(seen, new, authorities)
     floor = max(BUILT, marks.time_floor(seen, authorities), marks.time_floor(new, authorities))
     for repository in (director, image):
         repository.check_expiry(max(now, floor))
-    desired = agreement.desired_of(anchors.device, director.top_targets)
     for assignment in desired.models:
         agreement.check_assignment(assignment, image.target)
     verified.sweep(tuf)

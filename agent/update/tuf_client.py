@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from tuf.api.exceptions import (
     BadVersionNumberError,
@@ -37,7 +37,7 @@ LIMITS: Final = UpdaterConfig(
     snapshot_max_length=64 * 1024,
     targets_max_length=4 * 1024 * 1024,
 )
-_FILE: Final = re.compile(r"/(?:(\d+)\.)?([^/]+)\.json")
+_FILE: Final = re.compile(r"(?:(\d+)\.)?(.+)\.json")
 _TOP: Final = ("timestamp", "snapshot", "targets")
 
 
@@ -55,7 +55,7 @@ class BundleFetcher(FetcherInterface):
         return data
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        matched = _FILE.fullmatch(urlsplit(url).path)
+        matched = _FILE.fullmatch(url.rpartition("/")[2])
         data = None if matched is None else self._find(unquote(matched[2]), matched[1])
         if data is None:
             raise DownloadHTTPError(f"the bundle has no {url}", 404)

@@ -39,7 +39,7 @@ def validate(directory: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise PitheadError("release.not_admitted", f"validation did not end in {TIMEOUT_S:.0f} s") from error
     report = _last_object(ended.stdout)
-    if ended.returncode != 0:
+    if ended.returncode != 0 or report.get("valid") is not True:
         said = ended.stderr.decode(errors="replace").strip()[-SHOWN:]
         detail = _detail(report) or said or f"the validation ended with {ended.returncode}"
         raise PitheadError("release.not_admitted", detail, report=report)
