@@ -1,6 +1,7 @@
 """The device's configuration as types; an unknown key is an error that names it."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -50,6 +51,33 @@ class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     lanes: tuple[Lane, ...] = ()
     hardware: str | None = None
     """Kind of device; defaults to what was said at enrolment."""
+
+
+SECTIONS: Final[dict[str, type[Struct]]] = {"server": Server, "broker": Broker, "storage": Storage}
+PREFIX: Final = "PITHEAD_AGENT_"
+
+
+def overridden(table: Mapping[str, object], environment: Mapping[str, str]) -> dict[str, object]:
+    """Return a decoded TOML table with ``PITHEAD_AGENT_<SECTION>_<KEY>`` of the environment put in.
+
+    Raises ``config.invalid`` naming the variable that means nothing.
+    """
+    result: dict[str, object] = dict(table)
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(PREFIX):
+            continue
+        section, _, key = variable.removeprefix(PREFIX).lower().partition("_")
+        kind = SECTIONS.get(section)
+        field = next((f for f in msgspec.structs.fields(kind) if f.name == key), None) if kind else None
+        if field is None:
+            raise PitheadError("config.invalid", f"{variable} is not a setting", key=variable)
+        try:
+            value = msgspec.convert(text, field.type, strict=False)
+        except msgspec.ValidationError as error:
+            raise PitheadError("config.invalid", f"{variable}: {error}", key=variable) from error
+        before = result.get(section)
+        result[section] = {**before, key: value} if isinstance(before, dict) else {key: value}
+    return result
 
 
 def parse(table: object) -> AgentSettings:

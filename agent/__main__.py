@@ -1,0 +1,118 @@
+"""The device's command line: ``pithead-agent``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent import wiring
+from agent.core.layout import Layout
+from agent.service import status
+from contract.errors import PitheadError
+
+EXAMPLES = """examples:
+  pithead-agent enroll --server https://plant.example:8443 --token pj1.... --hardware raspberry-pi-4
+  pithead-agent run                     keep this device as the fleet wants it
+  pithead-agent status                  what runs where, and why
+  pithead-agent status --json
+  pithead-agent doctor                  what keeps this device from working
+
+SIGTERM and SIGINT end `run` and its engine; SIGHUP ends `run` alone: the
+engine goes on, and the next `run` finds it.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 1 when a check failed, 2 for an error."""
+    options = _parser().parse_args(arguments)
+    layout = Layout(Path(options.root).absolute())
+    try:
+        return int(options.act(layout, options))
+    except PitheadError as error:
+        sys.stderr.write(f"{error}\n{error.remedy}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pithead-agent",
+        description="Run models on this device, as its fleet wants it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--root",
+        metavar="DIR",
+        default=os.environ.get("PITHEAD_ROOT", "/"),
+        help="where etc/pithead, var/lib/pithead and run/pithead lie (default: PITHEAD_ROOT or /)",
+    )
+
+    enroll = commands.add_parser("enroll", parents=[common], help="make this device known to a server")
+    enroll.add_argument(
+        "--server", required=True, metavar="URL", help="https://host:port of the devices' listener"
+    )
+    enroll.add_argument("--token", required=True, help="join token, pj1....")
+    enroll.add_argument("--name", default="", help="a name for people, shown beside the id")
+    enroll.add_argument("--hardware", default="unknown", help="kind of device, for example raspberry-pi-4")
+    enroll.set_defaults(act=_enroll)
+
+    run = commands.add_parser("run", parents=[common], help="run the supervisor and its engine")
+    run.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="default: info"
+    )
+    run.set_defaults(act=_run)
+
+    show = commands.add_parser("status", parents=[common], help="what runs where, and why")
+    show.add_argument("--json", action="store_true", help="for programs")
+    show.set_defaults(act=_status)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="check what this device needs")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(act=_doctor)
+    return parser
+
+
+def _enroll(layout: Layout, options: argparse.Namespace) -> int:
+    identity, new = wiring.enrol(
+        layout, server=options.server, token=options.token, name=options.name, hardware=options.hardware
+    )
+    already = "" if new else " already"
+    sys.stdout.write(f"This device is{already} enrolled as {identity.device} with {identity.server}.\n")
+    return 0
+
+
+def _run(layout: Layout, options: argparse.Namespace) -> int:
+    wiring.set_up_logging(options.log_level)
+    wiring.run(layout)
+    return 0
+
+
+def _status(layout: Layout, options: argparse.Namespace) -> int:
+    found = status.gather(layout)
+    if options.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+    else:
+        sys.stdout.write(status.render(found))
+    return 0
+
+
+def _doctor(layout: Layout, options: argparse.Namespace) -> int:
+    bad = False
+    for finding in wiring.doctor(layout):
+        bad = bad or finding.result == "failed"
+        if options.json:
+            sys.stdout.write(msgspec.json.encode(finding).decode() + "\n")
+        else:
+            remedy = f"\n{'':23}-> {finding.remedy}" if finding.remedy else ""
+            sys.stdout.write(f"{finding.result:<8} {finding.check:<14} {finding.detail}{remedy}\n")
+        sys.stdout.flush()
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""What the device says of itself: receipts, its side of the twin, its health."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import psutil
+from msgspec import Struct
+
+from agent.core import plan, slots
+from agent.core.slots import Installed, Slots
+from agent.core.standing import Standing, news, standing
+from agent.service.world import World
+from agent.store.outbox import Entry, Outbox
+from contract.errors import PitheadError
+from contract.messages import (
+    AssignmentState,
+    Body,
+    ErrorCode,
+    Health,
+    Micros,
+    ModelAssignment,
+    Name,
+    PriorityClass,
+    Receipt,
+    RejectedVersion,
+    Reported,
+    ReportedModel,
+    VersionInSlot,
+)
+
+log = logging.getLogger(__name__)
+TOLD: Final = "told/"
+LaneReport = Literal["none", "loading", "calibrating", "running", "failed"]
+LANE_ORDER: Final[tuple[LaneReport, ...]] = ("none", "running", "calibrating", "loading", "failed")
+Facts = dict[str, str | int | float | bool | None]
+
+
+class Clock(Struct, frozen=True):
+    """Integer microseconds: UTC, and a clock that never goes back."""
+
+    wall: Callable[[], Micros]
+    mono: Callable[[], Micros]
+
+    def seconds(self) -> float:
+        """Monotonic seconds."""
+        return self.mono() / 1e6
+
+
+class Reporter:
+    """Writes what the device says of itself into the outbox. Used by the loop alone."""
+
+    def __init__(self, world: World, outbox: Outbox, clock: Clock) -> None:
+        self._world = world
+        self._outbox = outbox
+        self._clock = clock
+        self._told: dict[str, Standing] = world.state.scan(TOLD, Standing)
+        self._reported: Reported | None = None
+        self._started = clock.seconds()
+        self.update_error: PitheadError | None = None
+        psutil.cpu_percent(None)  # its first answer means nothing
+
+    def entry(self, priority: PriorityClass, body: Body) -> Entry:
+        """Return a record of now."""
+        return Entry(priority, self._clock.wall(), self._clock.mono(), body)
+
+    def receipt(self, wanted: ModelAssignment, found: Standing, facts: Facts | None = None) -> None:
+        """Say how far the device is with an assignment, whatever it has said before."""
+        self._outbox.append([self.entry(PriorityClass.RECEIPT, _receipt(wanted, found, facts or {}))])
+
+    def superseded(self, model_name: Name, trial: slots.Serving, step: plan.Rollback, after: Slots) -> None:
+        """Say that a trial was ended because another version is wanted."""
+        receipt = Receipt(
+            model_name=model_name,
+            version=trial.installed.version,
+            state=AssignmentState.ROLLED_BACK,
+            activation=trial.activation,
+            attempt=trial.attempt,
+            rollout=trial.rollout,
+            code=step.code,
+            detail=step.detail,
+            aftermath=slots.aftermath(after),
+        )
+        self._outbox.append([self.entry(PriorityClass.RECEIPT, receipt)])
+
+    def receipts(
+        self,
+        observed: Mapping[Name, plan.Observed],
+        running: Callable[[Name], plan.Fetch | plan.Probe | None],
+    ) -> None:
+        """Say what has changed in how far the device is with each assignment."""
+        desired = self._world.desired
+        if desired is None:
+            return
+        changed: dict[str, Standing] = {}
+        entries: list[Entry] = []
+        keys = set()
+        for wanted in desired.models:
+            key = _key(wanted)
+            keys.add(key)
+            seen = observed.get(wanted.model_name)
+            if seen is None:
+                continue
+            now = standing(
+                wanted,
+                seen,
+                task=running(wanted.model_name),
+                soaking=self._world.soaking(seen.slots),
+                trouble=self._world.troubles.get(wanted.manifest_sha256),
+            )
+            if news(self._told.get(key), now):
+                entries.append(self.entry(PriorityClass.RECEIPT, _receipt(wanted, now, _facts(wanted, seen))))
+                changed[key] = now
+        if entries:
+            self._outbox.append(entries)
+        gone = self._told.keys() - keys
+        if changed or gone:
+            self._world.state.put(
+                {TOLD + key: value for key, value in changed.items()} | {TOLD + key: None for key in gone}
+            )
+            self._told = {k: v for k, v in self._told.items() if k not in gone} | changed
+        for key, value in changed.items():
+            log.info("receipt", extra={"facts": {"for": key, "state": value.state.value, "code": value.code}})
+
+    def reported(self, observed: Mapping[Name, plan.Observed]) -> None:
+        """Send the device's side of the twin if it has changed."""
+        now = self.document(observed)
+        if now != self._reported:
+            self._outbox.append([self.entry(PriorityClass.RECEIPT, now)])
+            self._reported = now
+
+    def document(self, observed: Mapping[Name, plan.Observed]) -> Reported:
+        """Return the device's side of the twin."""
+        world, error = self._world, self.update_error
+        machine = world.machine
+        goals = plan.goals(world.desired) if world.desired is not None else {}
+        return Reported(
+            revision=0 if world.desired is None else world.desired.revision,
+            models=tuple(
+                self._model(observed[name], goals.get(name, plan.Goal())) for name in sorted(observed)
+            ),
+            agent_version=machine.agent_version,
+            hardware=machine.hardware,
+            arch=machine.arch,
+            accelerators=machine.accelerators,
+            runtimes=machine.runtimes,
+            update_code=None if error is None else error.code,
+            update_detail="" if error is None else error.detail[:2000],
+        )
+
+    def health(
+        self,
+        *,
+        engine_pid: int | None,
+        engine_restarts: int,
+        connected_s: float | None,
+        clock_offset_s: float | None,
+    ) -> None:
+        """Send how the device itself is."""
+        health = Health(
+            uptime_s=round(self._clock.seconds() - self._started, 3),
+            cpu_percent=psutil.cpu_percent(None),
+            memory_percent=psutil.virtual_memory().percent,
+            agent_pss_bytes=pss(["self"] + ([str(engine_pid)] if engine_pid is not None else [])),
+            disk_free_bytes=shutil.disk_usage(self._world.layout.state_dir).free,
+            outbox=self._outbox.health(),
+            temperature_c=temperature(),
+            engine_restarts=engine_restarts,
+            connected_s=connected_s,
+            clock_offset_s=clock_offset_s,
+            load_1=psutil.getloadavg()[0],
+        )
+        self._outbox.append([self.entry(PriorityClass.HEALTH, health)])
+
+    def _model(self, seen: plan.Observed, goal: plan.Goal) -> ReportedModel:
+        found = seen.slots
+        serving = found.serving
+        previous = found.active.installed if found.trial is not None and found.active is not None else None
+        code, detail = self._trouble(found, goal)
+        return ReportedModel(
+            model_name=found.model_name,
+            active=None if serving is None else _in_slot(serving.installed),
+            standby=None if found.standby is None else _in_slot(found.standby),
+            last_good=_in_slot_or_none(previous or found.last_good),
+            activation=0 if serving is None else serving.activation,
+            trial=found.trial is not None,
+            lane=self._lane_state(found.model_name),
+            rejected=tuple(
+                RejectedVersion(r.version, r.digest, r.attempt, r.code, r.detail)
+                for r in found.rejected
+                if r.final
+            ),
+            code=code,
+            detail=detail,
+        )
+
+    def _trouble(self, found: Slots, goal: plan.Goal) -> tuple[ErrorCode | None, str]:
+        for wanted in goal.assignments:
+            refused = slots.rejection(found, wanted)
+            if refused is not None:
+                return refused.code, refused.detail
+            trouble = self._world.troubles.get(wanted.manifest_sha256)
+            if trouble is not None:
+                return trouble[0], trouble[1][:2000]
+        for lane in self._world.lanes_of(found.model_name):
+            state = self._world.lanes.get(lane.name)
+            if state is not None and state.code is not None:
+                return state.code, state.detail
+        return None, ""
+
+    def _lane_state(self, model_name: Name) -> LaneReport:
+        """The worst of a model's lanes stands for all."""
+        found = [self._world.lanes.get(lane.name) for lane in self._world.lanes_of(model_name)]
+        states: list[LaneReport] = [state.state for state in found if state is not None]
+        return max(states, key=LANE_ORDER.index, default="none")
+
+
+def _key(wanted: ModelAssignment) -> str:
+    parts = (wanted.model_name, wanted.role.value, wanted.manifest_sha256, wanted.activation, wanted.attempt)
+    return "/".join((*map(str, parts), wanted.rollout or ""))
+
+
+def _receipt(wanted: ModelAssignment, found: Standing, facts: Facts) -> Receipt:
+    return Receipt(
+        model_name=wanted.model_name,
+        version=wanted.version,
+        state=found.state,
+        activation=wanted.activation,
+        attempt=wanted.attempt,
+        rollout=wanted.rollout,
+        code=found.code,
+        detail=found.detail,
+        aftermath=found.aftermath,
+        facts=facts,
+    )
+
+
+def _facts(wanted: ModelAssignment, seen: plan.Observed) -> Facts:
+    installed = seen.slots.find(wanted.manifest_sha256)
+    facts: Facts = {"role": wanted.role.value}
+    if installed is not None:
+        facts |= {"variant": installed.variant, "accelerator": installed.accelerator}
+    return facts
+
+
+def _in_slot(installed: Installed) -> VersionInSlot:
+    return VersionInSlot(installed.version, installed.digest, installed.variant, installed.accelerator)
+
+
+def _in_slot_or_none(installed: Installed | None) -> VersionInSlot | None:
+    return None if installed is None else _in_slot(installed)
+
+
+def pss(processes: Iterable[str]) -> int:
+    """Return the proportional set size of some processes together, in bytes; of the dead it is 0."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+                    break
+    return total
+
+
+def temperature() -> float | None:
+    """Return the highest temperature of the machine in degrees Celsius; None where it has no sensor."""
+    with contextlib.suppress(AttributeError, OSError):
+        found = [entry.current for entries in psutil.sensors_temperatures().values() for entry in entries]
+        return max(found, default=None)
+    return None

@@ -1,0 +1,239 @@
+"""What runs where and why, read from the disk; works whether or not a supervisor runs."""
+
+import contextlib
+import fcntl
+import sqlite3
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Struct
+
+from agent.core import slots as slot
+from agent.core.layout import Layout
+from agent.core.plan import Goal, Observed, goals
+from agent.core.slots import Installed, Slots
+from agent.core.standing import standing
+from agent.identity import record
+from agent.ports import LaneState
+from agent.service.snapshot import Snapshot, read_snapshot
+from agent.service.world import DESIRED
+from agent.store import slots as slot_store
+from contract.messages import Desired, ErrorCode, ModelAssignment, Name, Version
+
+
+class Place(Struct, frozen=True):
+    """A version in a slot."""
+
+    version: Version
+    variant: Name
+    accelerator: str
+    activation: int | None = None
+
+
+class Wanted(Struct, frozen=True, omit_defaults=True):
+    """An order of the fleet, and how far the device is with it."""
+
+    version: Version
+    role: str
+    state: str
+    rollout: str | None = None
+    code: ErrorCode | None = None
+    detail: str = ""
+
+
+class ModelStatus(Struct, frozen=True, omit_defaults=True):
+    """One model."""
+
+    model: Name
+    serving: Place | None = None
+    trial: bool = False
+    active: Place | None = None
+    standby: Place | None = None
+    last_good: Place | None = None
+    wanted: tuple[Wanted, ...] = ()
+    lanes: tuple[LaneState, ...] = ()
+
+
+class Status(Struct, frozen=True, omit_defaults=True):
+    """The whole device."""
+
+    device: str | None
+    name: str
+    hardware: str
+    server: str | None
+    broker: str | None
+    supervisor_running: bool
+    engine_pid: int | None
+    revision: int | None
+    models: tuple[ModelStatus, ...]
+    outbox_records: int | None = None
+    outbox_bytes: int | None = None
+    outbox_lost: dict[str, int] = {}
+    server_state: str | None = None
+    broker_state: str | None = None
+    update_code: ErrorCode | None = None
+    update_detail: str = ""
+
+
+def gather(layout: Layout) -> Status:
+    """Read everything. Raises ``storage.*`` when the identity is damaged."""
+    identity = record.load(layout.identity_file)
+    running = is_locked(layout.supervisor_lock)
+    live = read_snapshot(layout.status) if running else None
+    desired = _desired(layout.state)
+    found = slot_store.read_all(layout.slots)
+    wanted = goals(desired) if desired is not None else {}
+    records, size, lost = _outbox(layout.outbox)
+    return Status(
+        device=None if identity is None else identity.device,
+        name="" if identity is None else identity.name,
+        hardware="" if identity is None else identity.hardware,
+        server=None if identity is None else identity.server,
+        broker=None if identity is None else f"{identity.broker_host}:{identity.broker_port}",
+        supervisor_running=running,
+        engine_pid=None if live is None else live.engine_pid,
+        revision=None if desired is None else desired.revision,
+        models=tuple(
+            _model(found.get(name, Slots(name)), wanted.get(name, Goal()), live)
+            for name in sorted({*found, *wanted})
+        ),
+        outbox_records=records,
+        outbox_bytes=size,
+        outbox_lost=lost,
+        server_state=None if live is None else live.server,
+        broker_state=None if live is None else live.broker,
+        update_code=None if live is None else live.reported.update_code,
+        update_detail="" if live is None else live.reported.update_detail,
+    )
+
+
+def render(status: Status) -> str:
+    """Return the status as text for a person."""
+    if status.device is None:
+        return "This device is not enrolled: pithead-agent enroll --server URL --token TOKEN\n"
+    name = f" ({status.name})" if status.name else ""
+    lines = [
+        f"device      {status.device}{name}, hardware {status.hardware}",
+        f"supervisor  {'running' if status.supervisor_running else 'not running'}"
+        + (f", engine {status.engine_pid}" if status.engine_pid else ""),
+        f"server      {status.server}  {status.server_state or ''}".rstrip(),
+        f"broker      {status.broker}  {status.broker_state or ''}".rstrip(),
+        f"desired     {'none yet' if status.revision is None else f'revision {status.revision}'}",
+    ]
+    if status.update_code:
+        lines.append(f"            refused: {status.update_code}: {status.update_detail}")
+    if status.outbox_records is not None:
+        lost = "".join(f", {n} {kind} lost" for kind, n in status.outbox_lost.items())
+        lines.append(f"outbox      {status.outbox_records} records, {status.outbox_bytes} bytes{lost}")
+    for model in status.models:
+        lines += ["", *_render_model(model)]
+    return "\n".join(lines) + "\n"
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds this lock."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _render_model(model: ModelStatus) -> list[str]:
+    lines = [f"model       {model.model}"]
+    trial = " on trial" if model.trial else ""
+    lines.append(f"  serving   {_place(model.serving)}{trial}")
+    lines += [
+        f"  {label:<9} {_place(place)}"
+        for label, place in (
+            ("active", model.active),
+            ("standby", model.standby),
+            ("last good", model.last_good),
+        )
+        if place is not None and not (label == "active" and not model.trial)
+    ]
+    for lane in model.lanes:
+        why = f": {lane.code} {lane.detail}" if lane.code else ""
+        lines.append(
+            f"  lane      {lane.lane} {lane.state}, {lane.windows} windows, {lane.errors} errors{why}"
+        )
+    for wanted in model.wanted:
+        rollout = f" (rollout {wanted.rollout})" if wanted.rollout else ""
+        why = f": {wanted.code} {wanted.detail}" if wanted.code else ""
+        lines.append(f"  wanted    {wanted.version} {wanted.role}{rollout}: {wanted.state}{why}")
+    return lines
+
+
+def _place(place: Place | None) -> str:
+    if place is None:
+        return "nothing"
+    activation = "" if place.activation is None else f", activation {place.activation}"
+    return f"{place.version} ({place.variant} on {place.accelerator}{activation})"
+
+
+def _model(found: Slots, goal: Goal, live: Snapshot | None) -> ModelStatus:
+    lanes = () if live is None else tuple(s for s in live.lanes if s.model_name == found.model_name)
+    return ModelStatus(
+        model=found.model_name,
+        serving=_serving(found.serving),
+        trial=found.trial is not None,
+        active=_serving(found.active),
+        standby=_installed(found.standby),
+        last_good=_installed(found.last_good),
+        wanted=tuple(_wanted(a, found, live) for a in goal.assignments),
+        lanes=lanes,
+    )
+
+
+def _wanted(wanted: ModelAssignment, found: Slots, live: Snapshot | None) -> Wanted:
+    now = standing(wanted, Observed(found))
+    code, detail = now.code, now.detail
+    if code is None and live is not None:
+        reported = {m.model_name: m for m in live.reported.models}.get(wanted.model_name)
+        if reported is not None:
+            code, detail = reported.code, reported.detail
+    return Wanted(wanted.version, wanted.role.value, now.state.value, wanted.rollout, code, detail)
+
+
+def _serving(serving: slot.Serving | None) -> Place | None:
+    if serving is None:
+        return None
+    installed = serving.installed
+    return Place(installed.version, installed.variant, installed.accelerator, serving.activation)
+
+
+def _installed(installed: Installed | None) -> Place | None:
+    return None if installed is None else Place(installed.version, installed.variant, installed.accelerator)
+
+
+def _desired(path: Path) -> Desired | None:
+    rows = _query(path, "SELECT value FROM fact WHERE key = ?", (DESIRED,))
+    try:
+        return msgspec.json.decode(rows[0][0], type=Desired) if rows else None
+    except msgspec.MsgspecError:
+        return None
+
+
+def _outbox(path: Path) -> tuple[int | None, int | None, dict[str, int]]:
+    rows = _query(path, "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM record")
+    lost = _query(path, "SELECT class, lost FROM counter WHERE lost > 0")
+    if not rows:
+        return None, None, {}
+    return rows[0][0], rows[0][1], dict(lost)
+
+
+def _query(path: Path, sql: str, arguments: tuple[object, ...] = ()) -> list[Any]:
+    """Return the rows, or none where the database is not there or cannot be read."""
+    if not path.exists():
+        return []
+    try:
+        connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=2.0)
+        with contextlib.closing(connection):
+            return connection.execute(sql, arguments).fetchall()
+    except sqlite3.Error:
+        return []

@@ -1,0 +1,81 @@
+"""From the outbox to the broker, and back to the outbox when the control plane has acknowledged."""
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from agent.core.outbox import ORDER
+from agent.link.mqtt import MqttLink
+from agent.store.outbox import Outbox
+from contract import codec, topics
+from contract.messages import PROTOCOL_VERSION, Ack, PriorityClass
+
+log = logging.getLogger(__name__)
+BATCH_RECORDS: Final = 200
+BATCH_BYTES: Final = 160 * 1024
+WINDOW: Final = 1000
+"""Records of one class that may be sent without being acknowledged."""
+ACK_S: Final = 30.0
+ACK_CAP_S: Final = 600.0
+
+
+class _Lane:
+    """How far one class is."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        """Sequence number up to which records have been sent."""
+        self.moved = 0.0
+        """When something was sent into an empty window, or acknowledged."""
+        self.patience = ACK_S
+
+
+class Uplink:
+    """Used by the loop alone. A record is sent again when no acknowledgement comes."""
+
+    def __init__(self, outbox: Outbox, link: MqttLink, now: Callable[[], float]) -> None:
+        self._outbox = outbox
+        self._link = link
+        self._now = now
+        self._lanes: dict[PriorityClass, _Lane] = {priority: _Lane() for priority in ORDER}
+
+    def pump(self) -> None:
+        """Send what may be sent now, the most important class first."""
+        if not self._link.online:
+            return
+        for priority, lane in self._lanes.items():
+            waiting = self._outbox.waiting(priority, lane.sent)
+            if waiting and self._now() - lane.moved > lane.patience:
+                log.warning(
+                    "uplink.not_acknowledged",
+                    extra={"facts": {"class": priority.value, "records": waiting, "after_s": lane.patience}},
+                )
+                lane.patience = min(lane.patience * 2, ACK_CAP_S)
+                lane.sent, waiting = 0, 0
+            while waiting < WINDOW and self._link.room:
+                sent = self._send(priority, lane, WINDOW - waiting)
+                if sent == 0:
+                    break
+                if waiting == 0:
+                    lane.moved = self._now()
+                waiting += sent
+
+    def acknowledged(self, ack: Ack) -> None:
+        """Delete what the control plane has stored, or refused for good."""
+        if ack.v != PROTOCOL_VERSION or ack.device != self._outbox.device:
+            log.warning("uplink.foreign_ack", extra={"facts": {"device": ack.device, "v": ack.v}})
+            return
+        for span in ack.acks:
+            if self._outbox.acknowledge(span):
+                lane = self._lanes[span.priority]
+                lane.moved, lane.patience = self._now(), ACK_S
+
+    def _send(self, priority: PriorityClass, lane: _Lane, room: int) -> int:
+        batch = self._outbox.unsent(priority, lane.sent, records=min(room, BATCH_RECORDS), size=BATCH_BYTES)
+        if batch is None:
+            return 0
+        payload, content_type = codec.join_batch(batch.records)
+        if not self._link.publish(topics.records(self._outbox.device, priority), payload, content_type):
+            return 0
+        lane.sent = batch.last
+        return len(batch.records)

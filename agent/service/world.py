@@ -1,0 +1,283 @@
+"""What the device is now: its stores, its engine's lanes and its last failures, as values for the planner."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from agent.core import health, plan, slots, variants
+from agent.core.layout import Layout
+from agent.core.settings import AgentSettings, Lane
+from agent.core.slots import Installed, Serving, Slots
+from agent.ports import FitResult, LaneSpec, LaneState
+from agent.store.objects import ObjectStore
+from agent.store.slots import SlotStore
+from agent.store.state import StateStore
+from contract import codec
+from contract.errors import PitheadError
+from contract.manifest import FileRef, Manifest, Variant
+from contract.messages import Desired, ErrorCode, ModelAssignment, Name, Reporting, Sha256
+
+log = logging.getLogger(__name__)
+DESIRED: Final = "desired"
+ETAG: Final = "etag"
+FIT: Final = "fit/"
+
+
+class Machine(Struct, frozen=True):
+    """What does not change while the supervisor runs."""
+
+    device: str
+    boot_id: str
+    arch: str
+    hardware: str
+    formats: frozenset[str]
+    """Model formats for which a runtime is installed."""
+    accelerators: tuple[str, ...]
+    runtimes: dict[str, str]
+    agent_version: str
+
+
+class World:
+    """Everything that ``next_step`` looks at. Used by the loop alone."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        settings: AgentSettings,
+        machine: Machine,
+        *,
+        slot_store: SlotStore,
+        objects: ObjectStore,
+        state: StateStore,
+    ) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.machine = machine
+        self.slots = slot_store
+        self.objects = objects
+        self.state = state
+        self.desired: Desired | None = state.get(DESIRED, Desired)
+        self.lanes: dict[str, LaneState] = {}
+        self.failures: dict[Sha256, plan.Failure] = {}
+        self.not_before: dict[Sha256, float] = {}
+        self.troubles: dict[Sha256, tuple[ErrorCode, str]] = {}
+        """Errors that will be tried again, by digest."""
+        self.crashed: dict[Name, str] = {}
+        """Models whose trial was in service when the engine died."""
+        self._watches: dict[Name, tuple[Serving, health.Watch]] = {}
+        self._manifests: dict[Sha256, Manifest] = {}
+        self._fits: dict[str, FitResult] = state.scan(FIT, FitResult)
+
+    @property
+    def reporting(self) -> Reporting:
+        """How often to report, as desired."""
+        return Reporting() if self.desired is None else self.desired.reporting
+
+    def take(self, desired: Desired, etag: str | None) -> None:
+        """Accept a verified document, durably."""
+        self.state.put({DESIRED: desired, ETAG: etag})
+        self.desired = desired
+        wanted = {a.manifest_sha256 for a in desired.models}
+        for old in (self.failures, self.troubles, self.not_before):
+            for digest in old.keys() - wanted:
+                old.pop(digest)
+
+    def manifest(self, wanted: ModelAssignment) -> Manifest | None:
+        """Return the manifest of an assignment if it is here; a wrong one becomes a failure."""
+        digest = wanted.manifest_sha256
+        known = self._manifests.get(digest)
+        if known is not None or not self.objects.has(digest, wanted.manifest_length):
+            return known
+        try:
+            manifest = codec.decode(self.objects.read(digest), Manifest)
+            if (manifest.name, manifest.version) != (wanted.model_name, wanted.version):
+                raise PitheadError(  # noqa: TRY301
+                    "package.manifest_invalid", f"it is the manifest of {manifest.name} {manifest.version}"
+                )
+        except PitheadError as error:
+            if error.code in {"message.malformed", "message.too_large", "package.manifest_invalid"}:
+                self.failures[digest] = plan.Failure("fetch", "package.manifest_invalid", error.detail)
+            log.warning("manifest.unreadable", extra={"facts": {"digest": digest, "detail": error.detail}})
+            return None
+        self._manifests[digest] = manifest
+        return manifest
+
+    def candidates(self, manifest: Manifest) -> tuple[Variant, ...]:
+        """Return the variants that are worth a probe here."""
+        return variants.candidates(
+            manifest,
+            arch=self.machine.arch,
+            formats=self.machine.formats,
+            accelerators=self.machine.accelerators,
+        )
+
+    def observe(self, now: float) -> dict[Name, plan.Observed]:
+        """Return every model that is wanted or here."""
+        wanted = plan.goals(self.desired) if self.desired is not None else {}
+        return {
+            name: self._observe(self.slots.get(name), wanted.get(name, plan.Goal()), now)
+            for name in {*wanted, *self.slots.all()}
+        }
+
+    def soaking(self, found: Slots) -> bool:
+        """Whether all of a model's lanes serve its trial."""
+        if found.trial is None:
+            return False
+        lanes = self._lanes_seen(found.model_name, found.trial)
+        return all(lane.serves_trial and lane.state in {"running", "calibrating"} for lane in lanes)
+
+    def lanes_of(self, model_name: Name) -> list[Lane]:
+        """Return the configured lanes of a model."""
+        return [lane for lane in self.settings.lanes if lane.model == model_name]
+
+    def lane_specs(self) -> tuple[LaneSpec, ...]:
+        """Return what the engine shall run: whatever serves and has its files."""
+        specs = []
+        for lane in self.settings.lanes:
+            serving = self.slots.get(lane.model).serving
+            if serving is not None and self.intact(serving.installed):
+                specs.append(self._lane_spec(lane, serving))
+        return tuple(specs)
+
+    def fitted(self, lane: str, digest: Sha256, fit: FitResult) -> None:
+        """Keep a calibration, durably."""
+        key = self._fit_key(digest, lane)
+        self.state.put({FIT + key: fit})
+        self._fits[key] = fit
+
+    def intact(self, installed: Installed) -> bool:
+        """Whether all objects of an installed version are here."""
+        return all(self.objects.has(sha256) for sha256 in (installed.digest, *installed.files.values()))
+
+    def needed_objects(self) -> set[Sha256]:
+        """Return the hashes that slots, lanes and orders still need."""
+        needed: set[Sha256] = set()
+        for found in self.slots.all().values():
+            for installed in found.installed():
+                needed |= {installed.digest, *installed.files.values()}
+        for wanted in self.desired.models if self.desired is not None else ():
+            needed.add(wanted.manifest_sha256)
+            manifest = self._manifests.get(wanted.manifest_sha256)
+            for variant in self.candidates(manifest) if manifest is not None else ():
+                needed |= {ref.sha256 for ref in variant_files(variant)}
+        return needed
+
+    def forget(self) -> None:
+        """Drop manifests and fits of versions that no slot and no order names."""
+        digests = {i.digest for s in self.slots.all().values() for i in s.installed()}
+        digests |= {a.manifest_sha256 for a in (self.desired.models if self.desired is not None else ())}
+        self._manifests = {d: m for d, m in self._manifests.items() if d in digests}
+        gone = [key for key in self._fits if key.split("/")[1] not in digests]
+        if gone:
+            self.state.put({FIT + key: None for key in gone})
+            self._fits = {key: fit for key, fit in self._fits.items() if key not in gone}
+
+    def _observe(self, found: Slots, goal: plan.Goal, now: float) -> plan.Observed:
+        packages: dict[Sha256, plan.Package] = {}
+        for wanted in goal.assignments:
+            manifest = self.manifest(wanted)
+            if manifest is not None:
+                packages[wanted.manifest_sha256] = self._package(manifest)
+        return plan.Observed(
+            slots=found,
+            packages=packages,
+            broken=frozenset(i.digest for i in found.installed() if not self.intact(i)),
+            failures=self.failures,
+            not_before=self.not_before,
+            verdict=self._verdict(found, now),
+        )
+
+    def _package(self, manifest: Manifest) -> plan.Package:
+        fitting = self.candidates(manifest)
+        complete = frozenset(
+            v.name for v in fitting if all(self.objects.has(r.sha256, r.length) for r in variant_files(v))
+        )
+        return plan.Package(tuple(v.name for v in fitting), complete)
+
+    def _verdict(self, found: Slots, now: float) -> health.Verdict:
+        name, trial = found.model_name, found.trial
+        if trial is None:
+            self._watches.pop(name, None)
+            self.crashed.pop(name, None)
+            return health.Verdict()
+        if name in self.crashed:
+            return health.crashed(self.crashed[name])
+        before = self._watches.get(name)
+        lanes = self._lanes_seen(name, trial)
+        seen = health.watch(before[1] if before is not None and before[0] == trial else None, lanes, now)
+        self._watches[name] = (trial, seen)
+        return health.judge(seen, lanes, now, trial_s=self.reporting.trial_s, starts=found.trial_starts)
+
+    def _lanes_seen(self, model_name: Name, trial: Serving) -> list[health.LaneSeen]:
+        return [lane_seen(lane.name, self.lanes.get(lane.name), trial) for lane in self.lanes_of(model_name)]
+
+    def _lane_spec(self, lane: Lane, serving: Serving) -> LaneSpec:
+        installed = serving.installed
+        source = dict(lane.source)
+        path = source.get("path")
+        if isinstance(path, str):
+            source["path"] = str(self.layout.config.parent / Path(path))
+        return LaneSpec(
+            lane=lane.name,
+            model_name=lane.model,
+            version=installed.version,
+            digest=installed.digest,
+            manifest=str(self.objects.path(installed.digest)),
+            files={path: str(self.objects.path(sha256)) for path, sha256 in installed.files.items()},
+            variant=installed.variant,
+            accelerator=installed.accelerator,
+            source=source,
+            activation=serving.activation,
+            fit=self._fits.get(self._fit_key(installed.digest, lane.name)),
+        )
+
+    def _fit_key(self, digest: Sha256, lane: str) -> str:
+        return f"{self.machine.device}/{digest}/{lane}"
+
+
+def lane_seen(name: str, state: LaneState | None, trial: Serving) -> health.LaneSeen:
+    """Return a lane as the judge of a trial sees it; what concerns another session counts as loading."""
+    if state is None:
+        return health.LaneSeen(name)
+    mine = (trial.digest, trial.activation)
+    serves = (state.digest, state.activation) == mine
+    concerns = serves or (state.wanted_digest, state.wanted_activation) == mine
+    if not concerns:
+        return health.LaneSeen(name, "loading")
+    failed = state.state == "failed" or not serves
+    return health.LaneSeen(
+        lane=name,
+        state=state.state,
+        serves_trial=serves,
+        code=state.code if failed else None,
+        detail=state.detail,
+        windows=state.windows,
+        errors=state.errors,
+    )
+
+
+def variant_files(variant: Variant) -> tuple[FileRef, ...]:
+    """Return the files that a variant needs: the model and its golden vectors."""
+    return (variant.file, variant.golden.file)
+
+
+def installed_from(wanted: ModelAssignment, variant: Variant, accelerator: str) -> Installed:
+    """Return what a passed probe puts into standby."""
+    return slots.Installed(
+        version=wanted.version,
+        digest=wanted.manifest_sha256,
+        variant=variant.name,
+        accelerator=accelerator,
+        files={ref.path: ref.sha256 for ref in variant_files(variant)},
+    )
+
+
+def lookup(manifest: Manifest, name: Name) -> Variant:
+    """Return a variant by its name; ``KeyError`` when there is none."""
+    return {v.name: v for v in manifest.variants}[name]
+
+
+Observation = Mapping[Name, plan.Observed]
