@@ -102,6 +102,17 @@ class FakeDevice:
         assert self.state() == before
         assert not list(self.layout.run_dir.glob("update-work-*"))
 
+    @contextlib.contextmanager
+    def refusing_but(self, code: str, left: Path) -> Iterator[None]:
+        """Expect a refusal that leaves one file more."""
+        before = self.state()
+        with pytest.raises(PitheadError) as caught:
+            yield
+        assert caught.value.code == code, caught.value
+        after = self.state()
+        after.pop(str(left.relative_to(self.layout.state_dir)), None)
+        assert after == before
+
     def wipe(self, *names: str) -> None:
         for name in names:
             (self.layout.tuf / name).write_bytes(b"")
