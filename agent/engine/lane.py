@@ -83,6 +83,11 @@ class Lane:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @property
+    def windows(self) -> int:
+        """Scored since the serving session began."""
+        return 0 if (served := self._serving) is None else served.windows
+
     # ---- the lane's own thread
 
     def _run(self) -> None:
@@ -261,7 +266,7 @@ class Lane:
         served.windows += int(scored.good.sum())
         if scored.error is not None:
             served.errors += int((~scored.good).sum())
-            served.last_error = scored.error
+            served.last_error = scored.error, began
         self._report.scored(served, batch, windows, scored, latency)
 
     # ---- state
@@ -270,18 +275,19 @@ class Lane:
         serving, candidate = self._serving, self._candidate
         settled = serving is not None and serving.serves(wanted)
         state = LaneState(lane=self.name, model_name=wanted.model_name, state="running")
-        problem = self._broken or self._feed.problem
+        source = self._feed.problem
+        problem = self._broken
         if self._refused is not None:
             state, problem = replace(state, state="failed"), self._refused[1]
+        elif problem is not None or (source is not None and (settled or candidate is not None)):
+            state, problem = replace(state, state="failed"), problem or source
         elif candidate is not None:
             progress = 1.0 if candidate.calibration is None else candidate.calibration.progress
             state = replace(state, state="calibrating", progress=progress)
         elif not settled:
             state = replace(state, state="loading")
-        elif problem is not None:
-            state = replace(state, state="failed")
         elif serving is not None:
-            problem = serving.last_error
+            problem = serving.recent_error(self._clock.mono())
         if serving is not None:
             state = replace(
                 state,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,7 +22,8 @@ from inference.session import Session
 
 log = logging.getLogger(__name__)
 
-MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
+RECENT_US: Final = 60_000_000
 
 
 @dataclass(slots=True)
@@ -43,7 +45,8 @@ class Served:
     windows: int = 0
     """Scored since this session began to serve."""
     errors: int = 0
-    last_error: PitheadError | None = None
+    last_error: tuple[PitheadError, int] | None = None
+    """And when it was, by the monotonic clock."""
 
     def apply(self, fit: FitResult) -> None:
         """Serve with this fit from the next window on."""
@@ -51,6 +54,12 @@ class Served:
         self.calibration = None
         self.threshold = fit.threshold
         self.scorer.mean, self.scorer.scale = fit.mean, fit.scale
+
+    def recent_error(self, now: int) -> PitheadError | None:
+        """Return what last went wrong, unless that is long ago."""
+        if self.last_error is None or now - self.last_error[1] > RECENT_US:
+            return None
+        return self.last_error[0]
 
     def serves(self, wanted: LaneSpec) -> bool:
         """Whether ``wanted`` asks for nothing but what this is.

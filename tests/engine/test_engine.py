@@ -14,7 +14,8 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from contract.manifest import Fit, Score
-from contract.sketch import quantile
+from contract.sketch import merge, quantile
+from models.dense import Layer, Network
 from tests.engine.conftest import (
     CHANNELS,
     Engine,
@@ -107,7 +108,7 @@ def test_a_swap_under_load_loses_and_doubles_no_window(engine: Engine, tmp_path:
     first = make_package(tmp_path, score=EVERY)
     second = make_package(tmp_path, version="1.1.0", score=EVERY, kind="int8.onnx")
     path = write_csv(tmp_path / "r.csv", samples(400))
-    source = replay(path, rate_hz=100.0)
+    source = replay(path, rate_hz=50.0)
     supervisor = engine.connect()
     specs = [
         first.spec(source),
@@ -119,7 +120,8 @@ def test_a_swap_under_load_loses_and_doubles_no_window(engine: Engine, tmp_path:
         seen = len(supervisor.anomalies)
         supervisor.configure(spec)
         supervisor.until_state(state="running", digest=spec.digest, activation=spec.activation)
-        supervisor.until(lambda seen=seen: len(supervisor.anomalies) > seen + 20, "some windows")
+        supervisor.until(lambda seen=seen: len(supervisor.anomalies) > seen + 15, "some windows")
+    assert not sum(s.suppressed for s in supervisor.summaries)
     refs = [int(a.source_ref) for a in supervisor.anomalies]
     assert all(b == (a + 1) % 400 for a, b in pairwise(refs)), "one window after the other"
     versions = [a.version for a in supervisor.anomalies]
@@ -316,6 +318,40 @@ def test_a_lane_without_its_fit_calibrates_first_while_the_old_version_serves(en
     third.until(lambda: third.anomalies, "alarms")
     assert third.anomalies[-1].threshold == fit.threshold
     assert not [m for m in third.messages if getattr(m, "state", "") == "calibrating"]
+
+
+def test_a_calibration_without_a_source_says_so(engine: Engine, tmp_path: Path):
+    package = make_package(tmp_path, fit=FIT)
+    supervisor = engine.connect()
+    supervisor.configure(package.spec(replay(tmp_path / "later.csv")))
+    failed = supervisor.until_state(state="failed")
+    assert (failed.code, failed.digest, failed.wanted_digest) == ("source.failed", None, package.digest)
+    write_csv(tmp_path / "later.csv", samples())
+    supervisor.until_state(state="running", code=None)
+
+
+def test_the_latency_is_that_of_the_model(engine: Engine, tmp_path: Path):
+    random = np.random.default_rng(0)
+    sizes = [(1500, 3), (1500, 1500), (3, 1500)]
+    layers = tuple(Layer(random.normal(0, 0.01, s), np.zeros(s[0]), relu=False) for s in sizes)
+    small = make_package(tmp_path, kind="float32.onnx")
+    large = make_package(tmp_path / "l", kind="float32.onnx", version="2.0.0", net=Network(layers))
+    source = replay(write_csv(tmp_path / "r.csv", samples()), rate_hz=50.0)
+    supervisor = engine.connect()
+    medians = []
+    for package in (small, large):
+        supervisor.configure(package.spec(source))
+        supervisor.until_state(state="running", digest=package.digest)
+        version = package.manifest.version
+        supervisor.until(
+            lambda version=version: sum(s.count for s in supervisor.summaries if s.version == version) > 50,
+            "some windows",
+        )
+        mine = [s.latency_us for s in supervisor.summaries if s.version == version and s.latency_us]
+        medians.append(quantile(merge(mine), 0.5))
+    assert medians[0] is not None
+    assert medians[1] is not None
+    assert 0 < medians[0] < medians[1] < 1e6
 
 
 def test_a_source_that_fails_is_tried_again(engine: Engine, tmp_path: Path):
