@@ -138,6 +138,8 @@ def start(config: Path, *, timeout_s: float = 10.0) -> subprocess.Popen[bytes]:
     """
     log = config.parent / "mosquitto.log"
     host, port = listener(config)
+    if _accepts(host, port):
+        raise PitheadError("config.invalid", f"broker_port: something else listens on {host}:{port}")
     with log.open("ab") as output:
         process = subprocess.Popen(
             [executable(), "-c", str(config)],
@@ -148,12 +150,18 @@ def start(config: Path, *, timeout_s: float = 10.0) -> subprocess.Popen[bytes]:
         )
     deadline = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        if _accepts(host, port):
             return process
         time.sleep(0.02)
     stop(process)
     tail = log.read_text(errors="replace")[-2000:]
     raise PitheadError("config.invalid", f"mosquitto did not start with {config}:\n{tail}")
+
+
+def _accepts(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 def stop(process: subprocess.Popen[bytes], timeout_s: float = 10.0) -> None:

@@ -10,11 +10,21 @@ from control_plane.cli.client import ServerOption, TokenOption, connect
 from control_plane.cli.devices import every
 from control_plane.cli.output import Output, OutputOption, moment, print_json, print_table
 
-anomalies_app = typer.Typer(name="anomalies", help="What the models have found.", no_args_is_help=True)
-events_app = typer.Typer(name="events", help="What people and the control plane did.", no_args_is_help=True)
+anomalies_app = typer.Typer(name="anomalies", no_args_is_help=True)
+events_app = typer.Typer(name="events", no_args_is_help=True)
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="Of the last so many minutes.")]
+
+
+@anomalies_app.callback()
+def _anomalies() -> None:
+    """What the models have found."""
+
+
+@events_app.callback()
+def _events() -> None:
+    """What people and the control plane did."""
 
 
 @anomalies_app.command(
