@@ -45,47 +45,89 @@ def parse_url(url: str) -> ServerAddress:
     return ServerAddress(parts.hostname, port)
 
 
-def exchange(
-    server: ServerAddress,
-    tls: ssl.SSLContext,
-    method: str,
-    path: str,
-    *,
-    body: bytes | None = None,
-    headers: dict[str, str] | None = None,
-    deadline_s: float = DEADLINE_S,
-) -> Answer:
-    """Send one request and return the answer, whatever its status.
+class Channel:
+    """One connection to the server, kept open between requests as long as both sides like."""
 
-    Raises ``update.unreachable`` when there is none within the deadline, and
-    ``request.too_large`` when it does not end.
-    """
-    until = time.monotonic() + deadline_s
-    connection = http.client.HTTPSConnection(server.host, server.port, timeout=deadline_s, context=tls)
-    try:
-        connection.request(method, path, body=body, headers=headers or {})
+    def __init__(self, server: ServerAddress, tls: ssl.SSLContext) -> None:
+        self.server = server
+        self.tls = tls
+        self._connection: http.client.HTTPSConnection | None = None
+
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> Answer:
+        """Send one request and return the answer, whatever its status.
+
+        Raises ``update.unreachable`` when there is none within the deadline,
+        and ``request.too_large`` when it does not end.
+        """
+        until = time.monotonic() + deadline_s
+        kept = self._connection is not None
+        try:
+            return self._exchange(method, path, body, headers or {}, until)
+        except (ConnectionError, http.client.RemoteDisconnected, ssl.SSLError) as error:
+            self.close()
+            if not kept:
+                raise self._unreachable(error) from error
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise self._unreachable(error) from error
+        except PitheadError:
+            self.close()
+            raise
+        # The server had closed the kept connection meanwhile.
+        return self.exchange(
+            method, path, body=body, headers=headers, deadline_s=max(0.1, until - time.monotonic())
+        )
+
+    def close(self) -> None:
+        """Close the connection; the next exchange makes a new one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], until: float
+    ) -> Answer:
+        connection = self._connection
+        if connection is None:
+            connection = http.client.HTTPSConnection(
+                self.server.host, self.server.port, timeout=_left(until), context=self.tls
+            )
+            self._connection = connection
+        if connection.sock is not None:
+            connection.sock.settimeout(_left(until))
+        connection.request(method, path, body=body, headers=headers)
         response = connection.getresponse()
         received = bytearray()
         while True:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no end after {deadline_s} s")
             if connection.sock is not None:
-                connection.sock.settimeout(left)
+                connection.sock.settimeout(_left(until))
             chunk = response.read1(CHUNK)
             if not chunk:
                 break
             received += chunk
             if len(received) > MAX_BODY:
                 raise PitheadError("request.too_large", f"an answer of more than {MAX_BODY} bytes")
-        return Answer(
-            response.status, response.getheader("ETag"), bytes(received), response.getheader("Date")
-        )
-    except (OSError, http.client.HTTPException) as error:
-        where = f"https://{server.host}:{server.port}"
-        raise PitheadError("update.unreachable", f"{where}: {error or type(error).__name__}") from error
-    finally:
-        connection.close()
+        etag, date = response.getheader("ETag"), response.getheader("Date")
+        return Answer(response.status, etag, bytes(received), date)
+
+    def _unreachable(self, error: Exception) -> PitheadError:
+        where = f"https://{self.server.host}:{self.server.port}"
+        return PitheadError("update.unreachable", f"{where}: {error or type(error).__name__}")
+
+
+def _left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("no end within the deadline")
+    return left
 
 
 def problem(answer: Answer) -> PitheadError:
@@ -109,8 +151,7 @@ class UpdateServer:
     """The device's end of the update server, with its certificate."""
 
     def __init__(self, server: ServerAddress, tls: ssl.SSLContext) -> None:
-        self.server = server
-        self.tls = tls
+        self._channel = Channel(server, tls)
 
     def bundle(self, etag: str | None) -> Answer | None:
         """Return the newest bundle, or None when it is the one that ``etag`` names.
@@ -118,7 +159,7 @@ class UpdateServer:
         Raises ``update.*``, ``auth.*``, ``identity.revoked``.
         """
         headers = {"If-None-Match": etag} if etag else {}
-        answer = exchange(self.server, self.tls, "GET", BUNDLE_PATH, headers=headers)
+        answer = self._channel.exchange("GET", BUNDLE_PATH, headers=headers)
         if answer.status == http.client.NOT_MODIFIED:
             return None
         if answer.status != http.client.OK:

@@ -161,6 +161,8 @@ class MqttLink:
             except Exception as error:  # nothing in a packet may end this thread
                 log.exception("mqtt.failed")
                 detail = f"{type(error).__name__}: {error}"
+            if self._stopping.is_set():
+                break
             self._lost(detail)
             self._failures += 1
             self._stopping.wait(backoff.delay(self._failures, self._fraction(), cap_s=self._retry_cap_s))

@@ -1,18 +1,17 @@
 """What the device says of itself: receipts, its side of the twin, its health."""
 
-import contextlib
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
-import psutil
 from msgspec import Struct
 
 from agent.core import plan, slots
 from agent.core.slots import Installed, Slots
 from agent.core.standing import Standing, news, standing
+from agent.service import vitals
 from agent.service.world import World
 from agent.store.outbox import Entry, Outbox
 from contract.errors import PitheadError
@@ -61,7 +60,7 @@ class Reporter:
         self._reported: Reported | None = None
         self._started = clock.seconds()
         self.update_error: PitheadError | None = None
-        psutil.cpu_percent(None)  # its first answer means nothing
+        self._cpu = vitals.CpuMeter()
 
     def entry(self, priority: PriorityClass, body: Body) -> Entry:
         """Return a record of now."""
@@ -162,16 +161,16 @@ class Reporter:
         """Send how the device itself is."""
         health = Health(
             uptime_s=round(self._clock.seconds() - self._started, 3),
-            cpu_percent=psutil.cpu_percent(None),
-            memory_percent=psutil.virtual_memory().percent,
-            agent_pss_bytes=pss(["self"] + ([str(engine_pid)] if engine_pid is not None else [])),
+            cpu_percent=self._cpu.percent(),
+            memory_percent=vitals.memory_percent(),
+            agent_pss_bytes=vitals.pss([os.getpid()] + ([engine_pid] if engine_pid is not None else [])),
             disk_free_bytes=shutil.disk_usage(self._world.layout.state_dir).free,
             outbox=self._outbox.health(),
-            temperature_c=temperature(),
+            temperature_c=vitals.temperature(),
             engine_restarts=engine_restarts,
             connected_s=connected_s,
             clock_offset_s=clock_offset_s,
-            load_1=psutil.getloadavg()[0],
+            load_1=vitals.load_1(),
         )
         self._outbox.append([self.entry(PriorityClass.HEALTH, health)])
 
@@ -252,23 +251,3 @@ def _in_slot(installed: Installed) -> VersionInSlot:
 
 def _in_slot_or_none(installed: Installed | None) -> VersionInSlot | None:
     return None if installed is None else _in_slot(installed)
-
-
-def pss(processes: Iterable[str]) -> int:
-    """Return the proportional set size of some processes together, in bytes; of the dead it is 0."""
-    total = 0
-    for process in processes:
-        with contextlib.suppress(OSError, ValueError):
-            for line in Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-                    break
-    return total
-
-
-def temperature() -> float | None:
-    """Return the highest temperature of the machine in degrees Celsius; None where it has no sensor."""
-    with contextlib.suppress(AttributeError, OSError):
-        found = [entry.current for entries in psutil.sensors_temperatures().values() for entry in entries]
-        return max(found, default=None)
-    return None
