@@ -22,8 +22,13 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-_console = Console()
+_WIDTH_OF_A_FILE = 160
 _errors = Console(stderr=True)
+
+
+def _console() -> Console:
+    """Return a console as wide as the terminal; what goes to a file or a pipe must not be cut."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
 
 
 @app.command(
@@ -57,8 +62,8 @@ def build(
             _print_json({"directory": str(directory), **_facts(manifest)})
         return
     for directory, manifest in manifests:
-        _console.print(f"[bold]{manifest.name} {manifest.version}[/]  {directory}")
-        _console.print(_metrics(manifest))
+        _console().print(f"[bold]{manifest.name} {manifest.version}[/]  {directory}")
+        _console().print(_metrics(manifest))
 
 
 def _orders(
@@ -80,9 +85,7 @@ def _orders(
         changes[key] = value
     names = list(shipped.SHIPPED) if name is None else [name]
     return [
-        shipped.order(
-            each, recipe=one, version=version, release_counter=release_counter, settings=changes
-        )
+        shipped.order(each, recipe=one, version=version, release_counter=release_counter, settings=changes)
         for each in names
         for one in (shipped.recipes_of(each) if recipe == "all" else [recipe])
     ]
@@ -116,11 +119,13 @@ def inspect(
     if as_json:
         _print_json(_facts(manifest))
         return
-    _console.print(
+    _console().print(
         f"[bold]{manifest.name} {manifest.version}[/]  release counter {manifest.release_counter}  "
         f"{manifest.licence}\n{manifest.summary}"
     )
-    table = Table("variant", "file", "bytes", "accelerators", "arch", "preference", "golden vectors", "tolerance")
+    table = Table(
+        "variant", "file", "bytes", "accelerators", "arch", "preference", "golden vectors", "tolerance"
+    )
     for v in sorted(manifest.variants, key=lambda v: -v.preference):
         allowed = ", ".join(f"{name} ±{t.atol:g} ±{t.rtol:g}x" for name, t in v.golden.tolerance.items())
         table.add_row(
@@ -133,15 +138,15 @@ def inspect(
             str(v.golden.vectors),
             allowed or "exact",
         )
-    _console.print(table)
+    _console().print(table)
     if manifest.pipeline is not None and manifest.score is not None:
-        p = manifest.pipeline
+        p, alarm = manifest.pipeline, manifest.score
         fitted = "" if p.fit is None else f", fitted per device on {p.fit.samples} windows"
-        _console.print(
+        _console().print(
             f"input: {len(p.channels)} channels, window {p.window}, stride {p.stride}, "
-            f"{p.sample_rate_hz or '?'} Hz{fitted}; alarm: {manifest.score.method} > {manifest.score.threshold:g}"
+            f"{p.sample_rate_hz or '?'} Hz{fitted}; alarm: {alarm.method} > {alarm.threshold:g}"
         )
-    _console.print(_metrics(manifest))
+    _console().print(_metrics(manifest))
 
 
 @app.command(
@@ -170,8 +175,8 @@ def validate(
 
 
 @app.command(
-    epilog="Example:  pithead models wrap kws.tflite kws.onnx --name kws --version 1.0.0 --licence Apache-2.0 "
-    "--out build/packages"
+    epilog="Example:  pithead models wrap kws.tflite kws.onnx --name kws --version 1.0.0 "
+    "--licence Apache-2.0 --out build/packages"
 )
 def wrap(
     files: Annotated[list[Path], typer.Argument(help="Files of one model (.tflite, .onnx), best first.")],
@@ -203,7 +208,7 @@ def wrap(
         )
     except PitheadError as error:
         raise _exit(error) from error
-    _console.print(str(directory))
+    sys.stdout.write(f"{directory}\n")
 
 
 def _show(result: package.Validation) -> None:
@@ -220,11 +225,11 @@ def _show(result: package.Validation) -> None:
             r.sandbox.level if r.sandbox else "",
         )
     if result.probes:
-        _console.print(table)
+        _console().print(table)
     for variant in result.untried:
-        _console.print(f"[yellow]{variant}: not tried, this machine has none of its accelerators[/]")
+        _console().print(f"[yellow]{variant}: not tried, this machine has none of its accelerators[/]")
     if result.valid:
-        _console.print(f"[green]{result.name} {result.version} may be published[/]")
+        _console().print(f"[green]{result.name} {result.version} may be published[/]")
     else:
         _errors.print(f"[red]{result.code}[/] ", end="")
         _errors.print(result.detail, markup=False)

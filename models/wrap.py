@@ -42,7 +42,9 @@ def wrap(
     variants: list[Variant] = []
     for i, file in enumerate(files):
         if file.suffix not in FORMATS:
-            raise PitheadError("inference.runtime_missing", f"{file.name}: the suffix is none of {list(FORMATS)}")
+            raise PitheadError(
+                "inference.runtime_missing", f"{file.name}: the suffix is none of {list(FORMATS)}"
+            )
         variant, parts = _variant(file, len(files) - i, {v.name for v in variants}, inputs)
         variants.append(variant)
         contents |= parts

@@ -1,6 +1,7 @@
 """TensorFlow Lite: LiteRT where it is installed, else tflite-runtime."""
 
 import base64
+import ctypes
 import importlib.metadata
 import zlib
 from collections.abc import Mapping
@@ -112,6 +113,8 @@ def _delegates(accelerator: str) -> list[Any] | None:
             "inference.accelerator_missing", f"{PACKAGE} knows no {accelerator!r}", accelerator=accelerator
         )
     try:
+        # Its own loader leaves half an object behind when there is no such library.
+        ctypes.CDLL(library)
         return [tflite.load_delegate(library)]
     except (OSError, ValueError, AttributeError) as error:
         raise PitheadError(

@@ -31,8 +31,8 @@ FALSE_ALARMS: Final = 0.001
 _TRAINING, _HELD_OUT = 40_000, 40_000
 
 _DEFAULTS: Final[dict[str, Value]] = {
-    "hidden": "24,8,24",
-    "epochs": 12,
+    "hidden": "16,4,16",
+    "epochs": 20,
     "learning_rate": 0.005,
     "seed": 7,
 }

@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 _MEMORY_OF_WORK = 0.8
 _BURST_SHARE = 0.03
 _BURST = 1.5
+_UPWARDS = 0.8
 
 # How strongly each channel follows work, disk traffic and network traffic; the rest is its own.
 _FOLLOWS = {
@@ -42,10 +43,15 @@ def healthy(samples: int, random: np.random.Generator) -> Floats:
 
 
 def disturbed(rows: Floats, random: np.random.Generator, low: float, high: float) -> Floats:
-    """Return windows (n, window, channels) with one to four channels moved by ``low`` to ``high`` deviations."""
+    """Return ``rows`` (n, window, channels), in each one to four channels moved by ``low`` to ``high``.
+
+    In deviations, mostly upwards.
+    """
     count, _, width = rows.shape
     chosen = random.random((count, width)).argsort(axis=1) < random.integers(1, 5, (count, 1))
-    size = random.uniform(low, high, (count, width)) * np.where(random.random((count, width)) < 0.8, 1, -1)
+    size = random.uniform(low, high, (count, width)) * np.where(
+        random.random((count, width)) < _UPWARDS, 1, -1
+    )
     moved: Floats = rows + (chosen * size)[:, None, :]
     return moved
 
