@@ -16,7 +16,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
-from securesystemslib.exceptions import VerificationError
+from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, TargetFile, Targets
@@ -41,7 +41,7 @@ class Package(msgspec.Struct, frozen=True):
     files: dict[str, tuple[int, str]]
 
 
-@release_app.callback(invoke_without_command=True)
+@release_app.command()
 def release_command(
     package: Annotated[Path, typer.Argument(metavar="PACKAGE_DIR", help="Directory with manifest.json.")],
     key: Annotated[list[Path], typer.Option("--key", help="Release key; repeat for more signatures.")],
@@ -150,7 +150,7 @@ def trusted_release(
         if signature is not None:
             try:
                 signer.public_key.verify_signature(signature, metadata.signed_bytes)
-            except VerificationError as error:
+            except UnverifiedSignatureError as error:
                 raise PitheadError(
                     "release.signature_invalid", "the server's metadata was changed"
                 ) from error

@@ -1,4 +1,4 @@
-"""Files over real TLS with client certificates: whole, resumed, tampered with, cut off, and on a full disk."""
+"""Files over real TLS with client certificates: whole, resumed, tampered with, cut off, on a full disk."""
 
 import asyncio
 import datetime as dt
@@ -266,13 +266,7 @@ def test_a_deadline_holds_against_a_dripping_server(site: Site) -> None:
 
 def test_a_full_disk(site: Site) -> None:
     """A file-size limit stands for a full disk: the write fails in the same place."""
-    limited = [
-        *("prlimit", "--fsize=1000000", sys.executable, "-c"),
-        "import signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "sys.argv = sys.argv[1:]; runpy.run_module('agent.update', run_name='__main__')",
-        "agent.update",
-        *site.command()[3:],
-    ]
+    limited = ["prlimit", "--fsize=1000000", *site.command()]
     before = site.device.state()
     ended = subprocess.run(limited, capture_output=True, check=False)
     answer = json.loads(ended.stdout)
