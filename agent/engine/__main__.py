@@ -4,6 +4,7 @@ import argparse
 import faulthandler
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -52,7 +53,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: server.stop())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    server.run()
+    if not server.run():
+        # A thread is stuck in a model; the interpreter's own farewell would wait for it or crash in it.
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

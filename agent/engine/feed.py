@@ -53,6 +53,10 @@ class Feed:
         except PitheadError as error:
             self._failed(error)
             return None
+        except Exception as error:
+            log.exception("source.broke", extra={"facts": {"lane": self._lane}})
+            self._failed(PitheadError("source.failed", f"{type(error).__name__}: {error}"))
+            return None
         if batch is None:
             return None
         if self.problem is not None:

@@ -173,7 +173,7 @@ class Loader:
     """One thread that loads, fits and frees sessions, so that no lane waits for it."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -185,9 +185,16 @@ class Loader:
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self._thread.start()
 
+    def stop(self, timeout_s: float) -> bool:
+        """End after the jobs that were given; return whether that happened in time."""
+        self._jobs.put(None)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
             try:
                 job()
             except Exception:

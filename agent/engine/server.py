@@ -35,6 +35,8 @@ SEND_AHEAD: Final = 256 * 1024
 """Bytes that may wait for the supervisor to read them."""
 FAREWELL_S: Final = 2.0
 LANE_END_S: Final = 2.0
+SHORTEST_BUCKET_S: Final = 0.1
+LONGEST_BUCKET_S: Final = 86_400.0
 
 _decoder = msgspec.msgpack.Decoder(ToEngine)
 
@@ -124,8 +126,11 @@ class Server:
         """End soon; may be called in a signal handler."""
         self._stopping = True
 
-    def run(self) -> None:
-        """Serve until ``stop`` or until another engine has taken the socket's file."""
+    def run(self) -> bool:
+        """Serve until ``stop`` or until another engine has taken the socket's file.
+
+        Return whether all threads have ended; if not, a model hangs.
+        """
         self._loader.start()
         log.info("engine.started", extra={"facts": {"pid": self._hello.pid, "socket": str(self._path)}})
         check = self._clock.mono()
@@ -135,7 +140,7 @@ class Server:
                 check = self._clock.mono()
                 self._stopping = self._stopping or self._replaced()
                 self._bury()
-        self._end()
+        return self._end()
 
     def _turn(self, timeout_s: float) -> None:
         for selected, _ in self._selector.select(timeout_s):
@@ -143,15 +148,17 @@ class Server:
             act()
         self._send()
 
-    def _end(self) -> None:
+    def _end(self) -> bool:
         self._ending += self._lanes.values()
         self._lanes = {}
         for lane in self._ending:
             lane.stop()
         until = self._clock.mono() + round(LANE_END_S * 1e6)
-        for lane in self._ending:
-            if not lane.join(max(0.0, (until - self._clock.mono()) / 1e6)):
-                log.warning("lane.does_not_end", extra={"facts": {"lane": lane.name}})
+        hanging = [
+            lane.name for lane in self._ending if not lane.join(max(0.0, (until - self._clock.mono()) / 1e6))
+        ]
+        if hanging:
+            log.warning("engine.lanes_hang", extra={"facts": {"lanes": hanging}})
         until = self._clock.mono() + round(FAREWELL_S * 1e6)
         while self._peer is not None and self._outlet.waiting and self._clock.mono() < until:
             self._turn(0.1)
@@ -162,6 +169,7 @@ class Server:
             end.close()
         if _identity(self._path) == self._mine:
             self._path.unlink(missing_ok=True)
+        return self._loader.stop(LANE_END_S) and not hanging
 
     def _bury(self) -> None:
         for lane in [lane for lane in self._ending if lane.join(0)]:
@@ -229,6 +237,8 @@ class Server:
                 self._configure(message)
 
     def _configure(self, wanted: Configure) -> None:
+        bucket_s = min(wanted.bucket_s, LONGEST_BUCKET_S)
+        bucket_s = max(bucket_s, SHORTEST_BUCKET_S)
         names = {spec.lane for spec in wanted.lanes}
         for name in [n for n in self._lanes if n not in names]:
             lane = self._lanes.pop(name)
@@ -237,9 +247,9 @@ class Server:
             self._outlet.forget_lane(name)
         for spec in wanted.lanes:
             if spec.lane in self._lanes:
-                self._lanes[spec.lane].configure(spec, wanted.bucket_s)
+                self._lanes[spec.lane].configure(spec, bucket_s)
             else:
-                lane = Lane(spec, wanted.bucket_s, self._outlet, self._loader, self._clock)
+                lane = Lane(spec, bucket_s, self._outlet, self._loader, self._clock)
                 self._lanes[spec.lane] = lane
                 lane.start()
 
@@ -270,9 +280,10 @@ class Server:
                 self._wake_in.send(b"\0")
 
     def _drain(self) -> None:
-        self._woken = False
         with suppress(BlockingIOError):
             self._wake_out.recv(4096)
+        # Only now: who wakes before this line has left its message already, and it is sent next.
+        self._woken = False
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

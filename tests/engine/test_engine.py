@@ -274,6 +274,16 @@ def test_summaries_come_for_every_bucket_even_when_nothing_does(engine: Engine, 
     assert windows_of(supervisor) == 5
 
 
+@pytest.mark.parametrize("bucket_s", [1e-9, 1e300, float("inf")])
+def test_a_bucket_that_makes_no_sense_is_bounded(engine: Engine, tmp_path: Path, bucket_s: float):
+    package = make_package(tmp_path)
+    supervisor = engine.connect()
+    supervisor.configure(package.spec(replay(write_csv(tmp_path / "r.csv", samples()))), bucket_s=bucket_s)
+    state = supervisor.until_state(state="running")
+    supervisor.until(lambda: supervisor.state().windows > state.windows, "it runs")
+    assert all(s.bucket_s == 0.1 for s in supervisor.summaries)
+
+
 FIT = Fit(
     samples=50,
     mean_range=((0.0, 100.0),) * 3,
