@@ -1,6 +1,7 @@
 """Queries on devices, their certificates and groups."""
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 import msgspec
 from sqlalchemy import update
@@ -11,6 +12,9 @@ from contract.messages import Health, Reported
 from control_plane.store.tables.device import Device, DeviceCertificate, DeviceGroup
 
 Labels = dict[str, str]
+
+CHUNK: Final = 500
+"""Devices read at once while looking for those with some labels."""
 
 
 class DeviceRecord(msgspec.Struct, frozen=True):
@@ -147,18 +151,22 @@ def devices(
     limit: int | None = None,
 ) -> list[DeviceRecord]:
     """Return devices in the order of their ids, those that have all of ``labels``."""
-    statement = select(Device).where(col(Device.id) > after).order_by(col(Device.id))
+    statement = select(Device).order_by(col(Device.id)).limit(CHUNK)
     if state is not None:
         statement = statement.where(col(Device.state) == state)
     if online is not None:
         statement = statement.where(col(Device.online).is_(online))
     found: list[DeviceRecord] = []
-    for row in tx.exec(statement.execution_options(yield_per=500)):
-        if not labels or matches(_labels.decode(row.labels), labels):
-            found.append(_device(row))
-            if limit is not None and len(found) >= limit:
-                break
-    return found
+    while True:
+        rows = tx.exec(statement.where(col(Device.id) > after)).all()
+        for row in rows:
+            if not labels or matches(_labels.decode(row.labels), labels):
+                found.append(_device(row))
+                if limit is not None and len(found) >= limit:
+                    return found
+        if len(rows) < CHUNK:
+            return found
+        after = rows[-1].id
 
 
 def set_labels(tx: Session, device_id: str, labels: Mapping[str, str]) -> None:
