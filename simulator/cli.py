@@ -20,7 +20,7 @@ demo_app = typer.Typer(
 )
 
 
-@demo_app.callback(
+@demo_app.command(
     epilog="Examples:  pithead demo    pithead demo --once --headless    pithead demo --devices 5"
 )
 def demo(

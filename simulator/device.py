@@ -27,7 +27,7 @@ class LocalDevice:
     def device_id(self) -> str:
         """The id that the control plane gave it."""
         identity = json.loads((self.root / "var/lib/pithead/identity/identity.json").read_text())
-        return str(identity["device_id"])
+        return str(identity["device"])
 
     def configure(self, lanes: Mapping[str, SourceTable], poll_s: float) -> None:
         """Write ``agent.toml``: lanes by the name of their model."""

@@ -1,10 +1,12 @@
 """The chapters of the demo. Each does what an operator would do, then checks what the fleet says."""
 
+import multiprocessing
 from collections import Counter
-from pathlib import Path
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Final
 
 from contract.errors import ERRORS
+from contract.manifest import Manifest
 from models.shuttle import build as shuttle
 from simulator.demo import policies
 from simulator.demo.fleet import Fleet
@@ -30,7 +32,8 @@ class Story:
         self.fleet = fleet
         self.plant = fleet.plant
         self.tell = narrator
-        self.packages: dict[str, Path] = {}
+        self.builds: dict[str, Future[Manifest]] = {}
+        self._workshop = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self.offsets: dict[str, int] = {}
 
     @property
@@ -40,6 +43,10 @@ class Story:
 
     def run(self) -> None:
         """All chapters in order."""
+        with self._workshop:
+            self._chapters()
+
+    def _chapters(self) -> None:
         self.set_up()
         self.enrol()
         self.first_version()
@@ -49,14 +56,11 @@ class Story:
         self.tampered()
 
     def set_up(self) -> None:
-        """Keys, certificates, broker, control plane, four versions of a model, a recording."""
+        """Keys, certificates, broker, control plane, a recording; the model's versions are made meanwhile."""
         with self.tell.chapter("Set up"):
-            bar = self.tell.bar("building versions of the model", len(RECIPES))
-            for i, (version, recipe) in enumerate(RECIPES.items()):
+            for version, recipe in RECIPES.items():
                 package = self.fleet.packages / MODEL / version
-                shuttle.build(package, recipe=recipe)
-                self.packages[version] = package
-                bar.set(i + 1, f"{version} ({recipe})")
+                self.builds[version] = self._workshop.submit(shuttle.build, package, recipe=recipe)
             rows = self.fleet.write_recording()
             self.fleet.configure(rows)
             said = self.plant.prepare()
@@ -90,7 +94,7 @@ class Story:
     def first_version(self) -> None:
         """Version 1 on all at once: there is nothing yet to compare it with."""
         with self.tell.chapter("Version 1.0.0 on all"):
-            self.plant.release(self.packages["1.0.0"])
+            self._release("1.0.0")
             rollout = self._create("1.0.0", policies.FIRST_INSTALL)
             ended = self._watch(rollout)
             self._serving("1.0.0", self.n)
@@ -116,7 +120,7 @@ class Story:
     def good_canary(self) -> None:
         """Version 2 by canary; one device loses its power in the middle of the install."""
         with self.tell.chapter("Version 2.0.0 by canary"):
-            self.plant.release(self.packages["2.0.0"])
+            self._release("2.0.0")
             rollout = self._create("2.0.0", policies.CANARY)
             victim = self._cut_power_during_install("2.0.0")
             victim.start()
@@ -133,7 +137,7 @@ class Story:
     def bad_canary(self) -> None:
         """Version 3 passes its golden vectors and raises too many alarms: halted and rolled back."""
         with self.tell.chapter("Version 3.0.0 is bad"):
-            self.plant.release(self.packages["3.0.0"])
+            self._release("3.0.0")
             rollout = self._create("3.0.0", policies.CANARY)
             ended = self._watch(rollout)
             self.tell.check(
@@ -151,8 +155,8 @@ class Story:
     def tampered(self) -> None:
         """A bit of version 4 flips in the control plane's storage: no device takes it."""
         with self.tell.chapter("Version 4.0.0 is tampered with"):
-            self.plant.release(self.packages["4.0.0"])
-            flipped = self.fleet.flip_bit_in_storage(self.packages["4.0.0"])
+            self._release("4.0.0")
+            flipped = self.fleet.flip_bit_in_storage(self.fleet.packages / MODEL / "4.0.0")
             self.tell.say(f"one bit flipped in {flipped} stored files of 4.0.0")
             self._create("4.0.0", policies.everybody_may_refuse(self.n))
             bar = self.tell.bar("refusals", self.n)
@@ -173,6 +177,12 @@ class Story:
             self._serving("2.0.0", self.n)
 
     # ------------------------------------------------------------------ what the chapters are made of
+
+    def _release(self, version: str) -> None:
+        """Build (or wait until it is built), sign and publish."""
+        manifest = self.builds[version].result()
+        self.plant.release(self.fleet.packages / MODEL / version)
+        self.tell.say(f"{MODEL} {version} signed with the release key and published: {manifest.summary}")
 
     def _online(self) -> int:
         return sum(bool(device["online"]) for device in self.plant.devices())
