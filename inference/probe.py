@@ -21,14 +21,15 @@ import numpy as np
 from contract.errors import PitheadError
 from contract.manifest import Golden, TensorSpec, Tolerance, Variant
 from inference import registry
-from inference.probing import Limits, ProbeReport, ProbeRequest
-from inference.sandbox import SandboxReport, confine
+from inference.probing import Limits, ProbeReport, ProbeRequest, SandboxReport
+from inference.sandbox import confine
 from inference.screening import SCREENS
 from inference.session import Session
 
 MAX_VECTORS: Final = 10_000
-MIN_RUNS: Final = 10
-MAX_RUNS: Final = 1000
+MIN_RUNS, MAX_RUNS = 10, 100
+"""In one round of measuring."""
+MIN_ROUNDS, MAX_ROUNDS = 3, 10
 PRELOADED: Final = (encodings.cp437,)
 """What the standard library would import later, when no file can be opened any more."""
 _WARM_UP: Final = 3
@@ -194,17 +195,25 @@ def _compare(session: Session, feeds: list[Any], wanted: list[Any], golden: Gold
 
 
 def _measure(session: Session, feed: Any, limits: Limits) -> tuple[float, float]:
-    """Return (p50, p99) of one run in microseconds."""
+    """Return (p50, p99) of one run in microseconds: those of the calmest round.
+
+    Where twenty agents probe on two cores, what the others take is not this model's cost.
+    """
     for _ in range(_WARM_UP):
         session.run(feed)
-    times: list[float] = []
+    rounds: list[tuple[float, float]] = []
     end = time.perf_counter() + limits.measure_s
-    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and time.perf_counter() < end):
-        start = time.perf_counter()
-        session.run(feed)
-        times.append((time.perf_counter() - start) * 1e6)
-    times.sort()
-    return times[len(times) // 2], times[min(len(times) - 1, int(len(times) * 0.99))]
+    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < end):
+        times: list[float] = []
+        until = time.perf_counter() + limits.measure_s / MIN_ROUNDS
+        while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and time.perf_counter() < until):
+            start = time.perf_counter()
+            session.run(feed)
+            times.append((time.perf_counter() - start) * 1e6)
+        times.sort()
+        rounds.append((times[int(len(times) * 0.99)], times[len(times) // 2]))
+    p99, p50 = min(rounds)
+    return p50, p99
 
 
 def _report(

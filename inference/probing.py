@@ -21,7 +21,6 @@ from msgspec import Struct
 from contract.errors import PitheadError
 from contract.manifest import Budget, Manifest, Variant
 from inference import registry
-from inference.sandbox import SandboxReport
 
 MAX_ANSWER: Final = 256 * 1024
 MAX_STDERR: Final = 16 * 1024
@@ -36,10 +35,26 @@ class Limits(Struct, frozen=True):
     memory_mb: int = 1024
     """Address space on top of what the runtime itself takes."""
     measure_s: float = 0.05
-    """How long latencies are measured; at least ten runs, at most a thousand."""
+    """How long latencies are measured; at least three rounds of ten runs, at most ten of a hundred."""
 
 
 DEFAULT_LIMITS: Final = Limits()
+
+
+class SandboxReport(Struct, frozen=True):
+    """Which layers hold."""
+
+    no_new_privs: bool
+    rlimits: bool
+    landlock_abi: int
+    """0 where the kernel has no Landlock."""
+    seccomp: bool
+
+    @property
+    def level(self) -> str:
+        """``full``, ``partial`` (one of Landlock and seccomp is missing) or ``limits`` (both are)."""
+        layers = (self.landlock_abi > 0) + self.seccomp
+        return ("limits", "partial", "full")[layers] if self.no_new_privs and self.rlimits else "none"
 
 
 class ProbeRequest(Struct, frozen=True):

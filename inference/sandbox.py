@@ -16,9 +16,8 @@ import struct
 from pathlib import Path
 from typing import Any, Final
 
-from msgspec import Struct
-
 from contract.errors import PitheadError
+from inference.probing import SandboxReport
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
@@ -48,22 +47,6 @@ ALLOWED_CALLS: Final = (
     *("getrusage", "getcpu", "uname", "sysinfo", "prctl"),
 )
 """All other system calls fail with EPERM, but for new threads of this process."""
-
-
-class SandboxReport(Struct, frozen=True):
-    """Which layers hold."""
-
-    no_new_privs: bool
-    rlimits: bool
-    landlock_abi: int
-    """0 where the kernel has no Landlock."""
-    seccomp: bool
-
-    @property
-    def level(self) -> str:
-        """``full``, ``partial`` (one of Landlock and seccomp is missing) or ``limits`` (both are)."""
-        layers = (self.landlock_abi > 0) + self.seccomp
-        return ("limits", "partial", "full")[layers] if self.no_new_privs and self.rlimits else "none"
 
 
 def confine(

@@ -8,7 +8,7 @@ import onnxruntime
 
 from contract.errors import PitheadError
 from contract.manifest import Datatype, TensorSpec
-from inference.session import Array, check_inputs
+from inference.session import Array, InputGate
 
 PROVIDERS: Final[Mapping[str, str]] = {
     "cpu": "CPUExecutionProvider",
@@ -64,11 +64,12 @@ class OnnxSession:
         self.accelerator = next((name for name, p in PROVIDERS.items() if p == used), used)
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+        self._gate = InputGate(self.inputs)
         self._names = [spec.name for spec in self.outputs]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See ``Session``."""
-        check_inputs(self.inputs, inputs)
+        self._gate.admit(inputs)
         try:
             outputs = self._session.run(self._names, inputs)
         except Exception as error:

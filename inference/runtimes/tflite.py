@@ -11,7 +11,7 @@ import numpy as np
 
 from contract.errors import PitheadError
 from contract.manifest import Datatype, TensorSpec
-from inference.session import Array, check_inputs, datatype_of
+from inference.session import Array, InputGate, datatype_of
 
 try:
     from ai_edge_litert import interpreter as tflite
@@ -75,22 +75,26 @@ class TfliteSession:
         self.accelerator = accelerator if delegated or accelerator == "cpu" else "cpu"
         self.inputs = tuple(_spec(d) for d in inputs)
         self.outputs = tuple(_spec(d) for d in outputs)
+        self._gate = InputGate(self.inputs)
         self._feeds = [(d["name"], d["index"]) for d in inputs]
         self._fetches = [(d["name"], d["index"]) for d in outputs]
-        self._shapes = {d["name"]: tuple(int(n) for n in d["shape"]) for d in inputs}
+        self._shapes: dict[str, tuple[int, ...]] = {
+            d["name"]: tuple(int(n) for n in d["shape"]) for d in inputs
+        }
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See ``Session``. Another batch size than the last one costs a new allocation."""
-        check_inputs(self.inputs, inputs)
+        same = self._gate.admit(inputs)
         interpreter = self._interpreter
         try:
-            if any(inputs[name].shape != shape for name, shape in self._shapes.items()):
+            if not same and any(inputs[name].shape != shape for name, shape in self._shapes.items()):
                 self._resize(inputs)
             for name, index in self._feeds:
                 interpreter.set_tensor(index, inputs[name])
             interpreter.invoke()
             return {name: interpreter.get_tensor(index) for name, index in self._fetches}
         except (ValueError, RuntimeError, SystemError) as error:
+            self._gate = InputGate(self.inputs)
             raise PitheadError("inference.run_failed", _first_line(error)) from error
 
     def close(self) -> None:
@@ -98,6 +102,8 @@ class TfliteSession:
         del self._interpreter
 
     def _resize(self, inputs: Mapping[str, Array]) -> None:
+        # Should this fail half-way, the next call resizes whatever its shape.
+        self._shapes = dict.fromkeys(self._shapes, ())
         for name, index in self._feeds:
             self._interpreter.resize_tensor_input(index, inputs[name].shape)
         self._interpreter.allocate_tensors()

@@ -28,7 +28,7 @@ ORDINARY: Final = 3.0
 """Deviations; what lies further out is returned as if it lay here."""
 CALIBRATION_WINDOWS: Final = 16
 FALSE_ALARMS: Final = 0.001
-_TRAINING, _HELD_OUT = 40_000, 40_000
+_TRAINING, _HELD_OUT = 24_000, 40_000
 
 _DEFAULTS: Final[dict[str, Value]] = {
     "hidden": "16,4,16",

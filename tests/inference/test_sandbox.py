@@ -11,7 +11,7 @@ import pytest
 PREAMBLE = """
 import ctypes, json, os, socket, sys, threading, mmap, signal, resource
 from inference.sandbox import confine
-report = confine(memory_bytes=256 * 1024 * 1024, cpu_s=2, parent=os.getppid())
+report = confine(memory_bytes=256 * 1024 * 1024, cpu_s=1, parent=os.getppid())
 def outcome(attempt):
     try:
         return ["done", str(attempt())]
