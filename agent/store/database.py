@@ -39,7 +39,9 @@ def _open(path: Path, schema: str) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA cache_size=-256")
-        connection.execute("PRAGMA journal_size_limit=1048576")
+        # A short log: what is in it needs as much room again when it is moved into the file.
+        connection.execute("PRAGMA wal_autocheckpoint=48")
+        connection.execute("PRAGMA journal_size_limit=262144")
         connection.executescript(f"BEGIN;{schema};COMMIT;")
         _check(connection)
     except BaseException:

@@ -5,6 +5,7 @@ whenever the file is, so a lost outbox can never give one number twice.
 """
 
 import contextlib
+import os
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from msgspec import Struct
 from agent.core import outbox as rules
 from agent.store import database
 from contract import codec
+from contract.errors import PitheadError
 from contract.messages import (
     PROTOCOL_VERSION,
     AckRange,
@@ -35,6 +37,10 @@ CREATE TABLE IF NOT EXISTS counter (
 CREATE TABLE IF NOT EXISTS mark (source TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 """
+RESERVE: Final = 384 * 1024
+"""Bytes set aside, so that records can be deleted when the disk is full."""
+BIT: Final = 16
+"""Records that are deleted at once when there is hardly any room."""
 MAX_RECORD: Final = codec.MAX_PAYLOAD - 1024
 """Bytes; a larger record could never be sent and is given up at once."""
 
@@ -73,6 +79,8 @@ class Outbox:
         except sqlite3.Error as error:
             raise database.translate(error, path) from error
         (self.epoch,) = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+        self._reserve = path.with_name(path.name + ".reserve")
+        self._set_reserve()
         self._records: dict[PriorityClass, int] = {}
         self._bytes: dict[PriorityClass, int] = {}
         self._measure()
@@ -118,9 +126,12 @@ class Outbox:
         before = self._records.get(ack.priority, 0)
         if before == 0:
             return 0
-        with self._transaction() as db:
-            for first, last in rules.acknowledged(ack):
-                self._forget(db, ack.priority, first, last)
+        try:
+            self._delete(ack)
+        except PitheadError as error:
+            if error.code != "storage.full":
+                raise
+            self._delete_on_full_disk(ack)
         return before - self._records.get(ack.priority, 0)
 
     def unsent(self, priority: PriorityClass, after: int, *, records: int, size: int) -> Batch | None:
@@ -155,6 +166,41 @@ class Outbox:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    def _delete(self, ack: AckRange) -> None:
+        with self._transaction() as db:
+            for first, last in rules.acknowledged(ack):
+                self._forget(db, ack.priority, first, last)
+
+    def _delete_on_full_disk(self, ack: AckRange) -> None:
+        """Delete bit by bit in the room of the reserve, since even deleting needs room."""
+        self._reserve.unlink(missing_ok=True)
+        self._shrink_log()
+        for first, last in rules.acknowledged(ack):
+            while True:
+                rows = self._db.execute(
+                    "SELECT seq FROM record WHERE class = ? AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+                    (ack.priority.value, first, last, BIT),
+                ).fetchall()
+                if not rows:
+                    break
+                with self._transaction() as db:
+                    self._forget(db, ack.priority, first, rows[-1][0])
+                self._shrink_log()
+        self._set_reserve()
+
+    def _shrink_log(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def _set_reserve(self) -> None:
+        try:
+            with self._reserve.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE)
+        except FileExistsError:
+            return
+        except OSError:
+            self._reserve.unlink(missing_ok=True)
 
     def _envelope(self, entry: Entry, seq: int) -> Envelope:
         return Envelope(
