@@ -23,6 +23,9 @@ COMPRESS_ABOVE: Final = 1024
 
 T = TypeVar("T")
 
+_FAULTS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises on bad bytes; the last on brackets nested without end."""
+
 _encoder = msgspec.json.Encoder()
 _envelopes = msgspec.json.Decoder(list[Envelope])
 
@@ -40,10 +43,8 @@ def decode(payload: bytes, kind: type[T]) -> T:
         )
     try:
         return msgspec.json.decode(payload, type=kind)
-    except msgspec.MsgspecError as error:
-        raise PitheadError("message.malformed", str(error)) from error
-    except UnicodeDecodeError as error:
-        raise PitheadError("message.malformed", f"not UTF-8: {error}") from error
+    except _FAULTS as error:
+        raise _malformed(error) from error
 
 
 def encode_batch(envelopes: list[Envelope]) -> tuple[bytes, str]:
@@ -82,10 +83,13 @@ def decode_batch(payload: bytes, content_type: str | None) -> list[Envelope]:
     """Return the envelopes of a batch; errors as for ``decode`` and ``open_payload``."""
     try:
         return _envelopes.decode(open_payload(payload, content_type))
-    except msgspec.MsgspecError as error:
-        raise PitheadError("message.malformed", str(error)) from error
-    except UnicodeDecodeError as error:
-        raise PitheadError("message.malformed", f"not UTF-8: {error}") from error
+    except _FAULTS as error:
+        raise _malformed(error) from error
+
+
+def _malformed(error: Exception) -> PitheadError:
+    said = f"not UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else str(error)
+    return PitheadError("message.malformed", said)
 
 
 def _inflate(payload: bytes) -> bytes:

@@ -63,10 +63,6 @@ class Decoded(msgspec.Struct, frozen=True):
     status: Status | None = None
 
 
-_records = msgspec.json.Decoder(list[msgspec.Raw])
-_number = msgspec.json.Decoder(Number)
-
-
 def decode(message: Inbound) -> Decoded:
     """Return what ``message`` holds; this never raises, whatever a device sends."""
     device = ""
@@ -111,10 +107,7 @@ def _batch(device: str, priority: PriorityClass, message: Inbound) -> Decoded:
 
 def _one_by_one(device: str, priority: PriorityClass, message: Inbound) -> Decoded:
     plain = codec.open_payload(message.payload, message.content_type)
-    try:
-        raws = _records.decode(plain)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise PitheadError("message.malformed", str(error)) from error
+    raws = codec.decode(plain, list[msgspec.Raw])
     accepted: list[Accepted] = []
     refused: list[Refused] = []
     for raw in raws:
@@ -144,8 +137,8 @@ def _check(device: str, priority: PriorityClass, envelope: Envelope) -> None:
 
 def _read_number(raw: bytes, priority: PriorityClass) -> Number | None:
     try:
-        number = _number.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+        number = codec.decode(raw, Number)
+    except PitheadError:
         return None
     return number if number.priority is priority else None
 
