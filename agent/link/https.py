@@ -115,6 +115,7 @@ class Channel:
             received += chunk
             if len(received) > MAX_BODY:
                 raise PitheadError("request.too_large", f"an answer of more than {MAX_BODY} bytes")
+        response.read()  # nothing is left; only this makes the connection ready for the next request
         etag, date = response.getheader("ETag"), response.getheader("Date")
         return Answer(response.status, etag, bytes(received), date)
 
