@@ -5,7 +5,7 @@ import signal
 import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -14,6 +14,8 @@ from simulator.demo.fleet import Fleet
 from simulator.demo.narrator import Narrator
 from simulator.demo.story import Story
 from simulator.processes import SimulatorError
+
+PLAIN_WIDTH: Final = 140
 
 demo_app = typer.Typer(
     name="demo", help="The main job on this machine, told as a story.", invoke_without_command=True
@@ -42,7 +44,9 @@ def demo(
     Everything is real: the broker, the agents (two processes each), the keys, the models and the data.
     """
     where = _directory(data_dir)
-    narrator = Narrator(Console(), headless=headless or not Console().is_terminal)
+    terminal = Console()
+    plain = headless or not terminal.is_terminal
+    narrator = Narrator(Console(width=PLAIN_WIDTH) if plain else terminal, headless=plain)
     fleet = Fleet(where, devices, speed)
     signal.signal(signal.SIGTERM, _end)
     keep = data_dir is not None

@@ -20,6 +20,7 @@ from control_plane.api import (
     groups,
     health,
     releases,
+    rollouts,
     telemetry,
     tokens,
 )
@@ -33,6 +34,8 @@ from control_plane.services.director import Director
 from control_plane.services.enrolment import Enrolment
 from control_plane.services.image_repository import ImageRepository
 from control_plane.services.releases import Releases
+from control_plane.services.rollouts import Rollouts
+from control_plane.services.rollouts_worker import Progress
 from control_plane.services.staging import Staging
 from control_plane.services.telemetry import Telemetry
 from control_plane.settings import Settings
@@ -46,6 +49,7 @@ from control_plane.wiring.site import open_database
 from control_plane.workers.hints import HintPublisher
 from control_plane.workers.loop import Task, Workers
 from control_plane.workers.revocations import RevocationLists
+from control_plane.workers.rollouts import RolloutWorker
 from provisioning import broker, pki
 
 log = logging.getLogger(__name__)
@@ -84,6 +88,7 @@ class ControlPlane:
             certificate_days=settings.certificate_days,
         )
         self.telemetry = Telemetry(self.database)
+        self.rollouts = Rollouts(self.database, now_micros)
         self.ingest = Ingest(
             BrokerAddress(
                 settings.broker,
@@ -132,6 +137,7 @@ class ControlPlane:
                 events.router(self.telemetry),
                 tokens.router(self.access, self.enrolment),
                 releases.router(self.releases),
+                rollouts.router(self.rollouts),
                 health.router(version("pithead"), self._parts()),
             ],
             max_body_bytes=self.settings.max_body_bytes,
@@ -158,9 +164,11 @@ class ControlPlane:
 
     def _tasks(self) -> list[Task]:
         hints = HintPublisher(self.database, self.director.hint, self.ingest)
+        worker = RolloutWorker(Progress(self.database))
         return [
             Task("signer", 1.0, self.signer.keep),
             Task("hints", 0.25, hints.tick),
+            Task("rollouts", 0.5, lambda: worker.tick(now_micros())),
             Task("image-metadata", 60.0, self.images.renew),
             Task("revocations", 60.0, self.revocations.tick),
         ]

@@ -2,10 +2,11 @@
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -64,6 +65,15 @@ class Narrator:
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(f"  {text}", highlight=False)
+
+    def verdict(self, verdict: Mapping[str, Any]) -> None:
+        """Print one decision of a rollout."""
+        colour = {"advance": "green", "halt": "red"}.get(verdict["verdict"], "yellow")
+        when = f" after {verdict['bucket']} buckets" if verdict["bucket"] is not None else ""
+        self.say(
+            f"stage {verdict['stage']}: [bold {colour}]{verdict['verdict']}[/] by {verdict['kind']}{when}: "
+            f"{verdict['reason']}"
+        )
 
     @contextmanager
     def chapter(self, title: str) -> Iterator[None]:

@@ -17,9 +17,8 @@ from simulator.processes import wait_until
 
 MODEL: Final = "shuttle"
 RECIPES: Final = {"1.0.0": "baseline", "2.0.0": "wider", "3.0.0": "one-regime", "4.0.0": "longer"}
-ENOUGH_DEVICES: Final = 12
-"""With fewer the comparison gate cannot decide on three canaries, and a person must."""
 ENDED: Final = frozenset({"succeeded", "rolled_back", "aborted"})
+WAITS_FOR_A_PERSON: Final = frozenset({"held", "coverage"})
 GOOD_AGREEMENT: Final = 0.9
 STEP_TIMEOUT_S: Final = 90.0
 ROLLOUT_TIMEOUT_S: Final = 240.0
@@ -203,28 +202,24 @@ class Story:
         wait_until(enough, what, timeout_s, poll_s=0.5)
 
     def _create(self, version: str, policy: dict[str, Any]) -> str:
-        body = {"model_name": MODEL, "version": version, "policy": policy}
+        body = {"model": MODEL, "version": version, "policy": policy}
         return str(self.plant.api.post("/api/v1/rollouts", body)["id"])
 
     def _watch(self, rollout: str) -> dict[str, Any]:
         """Follow a rollout to its end, approving where the gate asks for a person."""
         bar = self.tell.bar("devices confirmed", self.n)
-        shown: set[str] = set()
+        shown: set[int] = set()
 
         def ended() -> dict[str, Any] | None:
             seen: dict[str, Any] = self.plant.api.get(f"/api/v1/rollouts/{rollout}")
-            bar.set(seen["counts"].get("confirmed", 0), seen["reason"])
-            for verdict in self.plant.api.get(f"/api/v1/rollouts/{rollout}/verdicts")["items"]:
+            bar.set(seen["states"].get("confirmed", 0), seen["reason"])
+            for verdict in self.plant.api.get(f"/api/v1/rollouts/{rollout}/verdicts"):
                 if verdict["id"] not in shown and verdict["verdict"] != "hold":
-                    self.tell.say(
-                        f"stage {verdict['stage'] + 1}: [bold]{verdict['verdict']}[/bold]: {verdict['reason']}"
-                    )
+                    self.tell.verdict(verdict)
                 shown.add(verdict["id"])
-            if seen["needs_approval"]:
-                self.tell.say(f"approved by a person: {seen['reason']}")
-                self.plant.api.post(
-                    f"/api/v1/rollouts/{rollout}/approve", {"reason": "the demo's operator agrees"}
-                )
+            if seen["pause"] in WAITS_FOR_A_PERSON:
+                self.tell.say(f"an operator looks and approves: {seen['reason']}")
+                self.plant.api.post(f"/api/v1/rollouts/{rollout}/approve", {"reason": "seen and agreed"})
             return seen if seen["state"] in ENDED else None
 
         return wait_until(ended, f"rollout {rollout} to end", ROLLOUT_TIMEOUT_S, poll_s=0.5)
