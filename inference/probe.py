@@ -143,8 +143,9 @@ def golden_vectors(content: bytes, variant: Variant) -> tuple[list[dict[str, Any
                 f"golden.vectors: the manifest says {count}, {key} has the shape {list(array.shape)}",
             )
     return (
-        [{t.name: arrays[f"in:{t.name}"][i] for t in variant.inputs} for i in range(count)],
-        [{t.name: arrays[f"out:{t.name}"][i] for t in variant.outputs} for i in range(count)],
+        # A scalar tensor's row is no array any more.
+        [{t.name: np.asarray(arrays[f"in:{t.name}"][i]) for t in variant.inputs} for i in range(count)],
+        [{t.name: np.asarray(arrays[f"out:{t.name}"][i]) for t in variant.outputs} for i in range(count)],
     )
 
 

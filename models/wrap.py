@@ -112,7 +112,7 @@ def _feeds(session: Session, inputs: Path | None) -> list[dict[str, Array]]:
     except (OSError, ValueError, KeyError) as error:
         raise PitheadError("inference.bad_input", f"{inputs.name}: {error}") from error
     count = min(len(array) for array in given.values())
-    return [{name: array[i] for name, array in given.items()} for i in range(count)]
+    return [{name: np.asarray(array[i]) for name, array in given.items()} for i in range(count)]
 
 
 def _random(random: np.random.Generator, tensor: TensorSpec) -> Array:

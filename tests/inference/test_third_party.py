@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from inference.registry import open_session
+from models import package
+from models.wrap import wrap
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(os.environ.get("PITHEAD_SHARED_DATA", ROOT.parent / "shared" / "data")) / "models"
@@ -83,3 +85,40 @@ def test_quantised_tensors_carry_their_scale():
     assert session.inputs[0].scale == pytest.approx(0.3910152316)
     assert session.inputs[0].zero_point == 89
     assert session.inputs[0].shape == (-1, 640)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("mlperf-tiny-ad01/ad01_int8.tflite", "mlperf-tiny-ad01/ad01_int8.onnx"),
+        ("mlperf-tiny-kws/kws_ref_model.tflite",),
+        ("mlperf-tiny-ic/pretrainedResnet_quant.onnx",),
+        ("fan-autoencoder/fan_low_model.tflite",),
+    ],
+)
+def test_can_be_published_unchanged(files: tuple[str, ...], tmp_path: Path):
+    """Wrapped into a package, which then passes the validation that admission runs."""
+    sources = [MODELS / name for name in files]
+    options = {"name": "theirs", "version": "1.0.0", "release_counter": 1, "licence": "Apache-2.0"}
+    manifest = wrap(sources, tmp_path, **options, source="elsewhere")
+    for source, variant in zip(sources, manifest.variants, strict=True):
+        assert (tmp_path / variant.file.path).read_bytes() == source.read_bytes()
+    result = package.validate(tmp_path)
+    assert result.valid, result.detail
+    assert result.untried == ()
+
+
+def test_a_recurrent_model_can_be_published_with_inputs_of_its_own(tmp_path: Path):
+    random = np.random.default_rng(1)
+    inputs = tmp_path / "inputs.npz"
+    np.savez(
+        inputs,
+        input=random.standard_normal((2, 1, 512)).astype(np.float32),
+        state=np.zeros((2, 2, 1, 128), np.float32),
+        sr=np.full(2, 16000, np.int64),
+    )
+    file = MODELS / "silero-vad-16k" / "silero_vad_16k_op15.onnx"
+    options = {"name": "vad", "version": "5.0.0", "release_counter": 1, "licence": "MIT"}
+    wrap([file], tmp_path / "vad", **options, source="elsewhere", inputs=inputs)
+    result = package.validate(tmp_path / "vad")
+    assert result.valid, result.detail
