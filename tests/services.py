@@ -72,7 +72,12 @@ class Postgres:
             shutil.chown(self.directory, user)
         data = self.directory / "data"
         self._run("initdb", "-D", data, "-U", "pithead", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self.run_server()
+
+    def run_server(self) -> None:
+        """Run the server, again after ``stop``."""
         options = f"-c listen_addresses='' -c unix_socket_directories='{self.directory}' -c fsync=off"
+        data = self.directory / "data"
         self._run("pg_ctl", "-D", data, "-l", self.directory / "log", "-w", "-o", options, "start")
 
     def stop(self) -> None:
