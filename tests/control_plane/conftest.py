@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqlmodel import SQLModel
 
 from control_plane.store.database import Database
+from simulator.plant import Plant
 from tests.services import BrokerSite, Postgres, make_broker_site, running_postgres
 
 
@@ -67,3 +68,15 @@ def broker_site(tmp_path: Path) -> Iterator[BrokerSite]:
     site = make_broker_site(tmp_path / "site")
     yield site
     site.stop()
+
+
+@pytest.fixture(scope="session")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    """A whole control plane as its commands make it: keys, broker, `pithead serve`."""
+    plant = Plant(tmp_path_factory.mktemp("plant"))
+    try:
+        plant.prepare()
+        plant.start()
+        yield plant
+    finally:
+        plant.stop()
