@@ -129,8 +129,8 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     bucket_s: Annotated[float, Meta(ge=0.2, le=3600)] = 60.0
     max_soak_buckets: Annotated[int, Meta(ge=5, le=100_000)] = 480
     """The longest soak of a stage; after it a hold pauses for a person."""
-    min_soak_buckets: Annotated[int, Meta(ge=0)] = 0
-    """No stage grows before."""
+    min_soak_buckets: Annotated[int, Meta(ge=0)] | None = None
+    """No stage grows before; a quarter of the longest soak unless given."""
     first_look: AtLeastOne = 5
     look_growth: Annotated[float, Meta(gt=1, le=4)] = 1.2
     last_third_after: AtLeastOne = 60
@@ -164,7 +164,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
             raise ValueError("two metrics have the same name")
         if self.first_look > self.max_soak_buckets:
             raise ValueError("`first_look` lies behind `max_soak_buckets`")
-        if self.min_soak_buckets > self.max_soak_buckets:
+        if self.shortest_soak > self.max_soak_buckets:
             raise ValueError("`min_soak_buckets` is larger than `max_soak_buckets`")
         _rising(self.stages)
         _finite(
@@ -179,6 +179,11 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
             trial_s=self.trial_s,
             health_s=self.health_s,
         )
+
+    @property
+    def shortest_soak(self) -> int:
+        """Buckets before which no stage grows."""
+        return self.max_soak_buckets // 4 if self.min_soak_buckets is None else self.min_soak_buckets
 
     def metric(self, name: str) -> Metric | None:
         """Return the metric ``name``, if the policy has it."""

@@ -1,6 +1,6 @@
 """What operators do with rollouts, and what they may ask."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -54,9 +54,10 @@ class RolloutDetail(msgspec.Struct, frozen=True):
 class Rollouts:
     """Use cases on rollouts. Each raises ``rollout.illegal_transition`` when it is not the time for it."""
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    def __init__(self, database: Database, clock: Clock, make_id: Callable[[], str] = new_id) -> None:
         self._database = database
         self._clock = clock
+        self._make_id = make_id
 
     def create(self, *, actor: str, new: NewRollout) -> RolloutRecord:
         """Make a rollout; it waits for approval where the policy says so, else for its time.
@@ -80,7 +81,7 @@ class Rollouts:
             _check_lock(tx, new.model_name, devices)
             _check_strategy(policy, members)
             store.supersede(tx, new.model_name, devices, now)
-            rollout_id = new_id()
+            rollout_id = self._make_id()
             record = RolloutRecord(
                 id=rollout_id,
                 model_name=new.model_name,

@@ -18,7 +18,6 @@ from control_plane.core.gate.evidence import (
     Booleans,
     Evidence,
     Floats,
-    Integers,
     Look,
     MetricLook,
     Outcome,
@@ -30,6 +29,7 @@ from control_plane.core.gate.scores import (
     SILENCE_FROM,
     Column,
     Panel,
+    Strata,
     column,
     contrast,
     presence,
@@ -72,16 +72,15 @@ class _Comparison:
         self.evidence = evidence
         self.policy = policy
         self.treated: Booleans = np.asarray(evidence.treated, dtype=bool)
-        self.strata: Integers = np.unique(np.asarray(evidence.strata), return_inverse=True)[1]
+        labels = np.unique(np.asarray(evidence.strata), return_inverse=True)[1]
+        self.strata = Strata(labels)
         self.present = presence(evidence)
         self.panels = {metric.name: Panel(evidence, metric) for metric in policy.metrics}
         buckets = self.present.shape[1] - evidence.pre
         self.last = policy.max_soak_buckets
         planned = spending.schedule(policy.first_look, policy.look_growth, self.last)
         self.looks = [bucket for bucket in planned if bucket <= buckets]
-        self.allocations = Allocations(
-            self.treated, self.strata, seed=evidence.seed, limit=policy.permutations
-        )
+        self.allocations = Allocations(self.treated, labels, seed=evidence.seed, limit=policy.permutations)
 
     def verdict(self) -> Verdict:
         """Return the verdict and the looks that led to it."""
@@ -197,8 +196,8 @@ class _Comparison:
         open_metrics = [look.metric for look in metrics if not look.passed]
         if open_metrics:
             return Outcome.HOLD, f"harm of the margin is not refuted yet: {', '.join(open_metrics)}"
-        if bucket < self.policy.min_soak_buckets:
-            return Outcome.HOLD, f"soaking until bucket {self.policy.min_soak_buckets}"
+        if bucket < self.policy.shortest_soak:
+            return Outcome.HOLD, f"soaking until bucket {self.policy.shortest_soak}"
         absent = self._absent(bucket)
         if absent is not None:
             return Outcome.HOLD, absent
@@ -297,6 +296,6 @@ def _too_few(evidence: Evidence, policy: Policy) -> str | None:
     if others is not None and others > controls:
         ways.append(f"at least {others} controls beside {canaries} canaries")
     return (
-        f"too few devices for a decision ({canaries} canaries, {controls} controls): needs "
+        f"too few devices for a decision (canaries: {canaries}, controls: {controls}): needs "
         f"{' or '.join(ways) or 'larger strata'}"
     )

@@ -5,7 +5,6 @@ null hypothesis takes away from the canaries beforehand. So the labels can be
 permuted afterwards without computing any of this again.
 """
 
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -20,6 +19,32 @@ SILENCE_FROM: Final = 0.5
 """Missing less than this share of the recent buckets is not silence."""
 FEWEST: Final = 2
 ROUNDING: Final = 1e-12
+
+
+class Strata:
+    """Which devices may be compared with which."""
+
+    def __init__(self, labels: Integers) -> None:
+        self.labels = labels
+        self.members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
+
+    def means(self, values: Floats) -> Floats:
+        """Return for each device the mean over its stratum of what is not NaN, or NaN."""
+        seen = ~np.isnan(values)
+        n = np.bincount(self.labels, weights=seen, minlength=len(self.members))
+        total = np.bincount(self.labels, weights=np.where(seen, values, 0.0), minlength=len(self.members))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(n > 0, total / n, np.nan)[self.labels]
+
+    def medians(self, values: Floats) -> Floats:
+        """Return for each device the median over its stratum of what is finite, or NaN."""
+        result = np.full(len(values), np.nan)
+        for members in self.members:
+            ordered = np.sort(values[members][np.isfinite(values[members])])
+            n = len(ordered)
+            if n:
+                result[members] = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+        return result
 
 
 class Panel:
@@ -45,7 +70,7 @@ class Panel:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(n > 0, (self._sums[:, b] - self._sums[:, a]) / n, np.nan)
 
-    def adjusted(self, start: int, end: int, shift: Floats, strata: Integers) -> Floats:
+    def adjusted(self, start: int, end: int, shift: Floats, strata: Strata) -> Floats:
         """Return the means less ``shift``, adjusted for the period before (analysis of covariance)."""
         return _adjust(self.mean(start, end) - shift, self.before, strata)
 
@@ -70,13 +95,13 @@ def recent_silence(present: Booleans, pre: int, bucket: int, window: int) -> Flo
     return silent
 
 
-def silence_column(silence: Floats, treated: Booleans, strata: Integers) -> Column | None:
+def silence_column(silence: Floats, treated: Booleans, strata: Strata) -> Column | None:
     """Return the weights for "more canaries than controls fell silent"."""
     scores = np.where(silence < SILENCE_FROM, 0.0, silence)
     return column("silence", scores, treated, strata)
 
 
-def column(name: str, scores: Floats, treated: Booleans, strata: Integers) -> Column | None:
+def column(name: str, scores: Floats, treated: Booleans, strata: Strata) -> Column | None:
     """Return the weights of ``scores`` (larger is worse, NaN counts nothing), or None if they say nothing.
 
     Aligned ranks: each stratum is centred at its median, all are ranked
@@ -84,7 +109,7 @@ def column(name: str, scores: Floats, treated: Booleans, strata: Integers) -> Co
     stratum again. The variance of their sum over a random choice within
     strata is exact.
     """
-    aligned = scores - _by_stratum(np.where(np.isfinite(scores), scores, np.nan), strata, np.median)
+    aligned = scores - strata.medians(scores)
     seen = ~np.isnan(aligned)
     if seen.sum() < FEWEST:
         return None
@@ -92,26 +117,25 @@ def column(name: str, scores: Floats, treated: Booleans, strata: Integers) -> Co
     ranks[seen] = _ranks(aligned[seen]) / (seen.sum() + 1)
     weights = np.zeros(len(scores))
     variance = 0.0
-    for stratum in np.unique(strata):
-        members = strata == stratum
-        here = members & seen
-        if not here.any():
+    for members in strata.members:
+        here = members[seen[members]]
+        if not len(here):
             continue
-        weights[here] = ranks[here] - ranks[here].mean()
-        n = int(members.sum())
-        share = float(treated[members].mean())
+        weights[here] = ranks[here] - ranks[here].sum() / len(here)
+        n = len(members)
+        share = treated[members].sum() / n
         variance += share * (1 - share) * n / max(n - 1, 1) * float(weights[here] @ weights[here])
     if variance <= ROUNDING:
         return None
     return Column(name, weights / np.sqrt(variance))
 
 
-def contrast(scores: Floats, treated: Booleans, strata: Integers) -> float | None:
+def contrast(scores: Floats, treated: Booleans, strata: Strata) -> float | None:
     """Return the mean of the canaries less that of the controls, weighted over the strata."""
     total = weight = 0.0
-    for stratum in np.unique(strata):
-        here = (strata == stratum) & np.isfinite(scores)
-        canaries, controls = scores[here & treated], scores[here & ~treated]
+    for members in strata.members:
+        here = members[np.isfinite(scores[members])]
+        canaries, controls = scores[here[treated[here]]], scores[here[~treated[here]]]
         if len(canaries) and len(controls):
             w = len(canaries) * len(controls) / (len(canaries) + len(controls))
             total += w * float(canaries.mean() - controls.mean())
@@ -119,32 +143,23 @@ def contrast(scores: Floats, treated: Booleans, strata: Integers) -> float | Non
     return total / weight if weight else None
 
 
-def _adjust(after: Floats, before: Floats, strata: Integers) -> Floats:
+def _adjust(after: Floats, before: Floats, strata: Strata) -> Floats:
     both = ~np.isnan(after) & ~np.isnan(before)
-    if not both.any():
+    n = int(both.sum())
+    if not n:
         return after
     x = np.where(both, before, np.nan)
-    y = np.where(both, after, np.nan)
+    means = strata.means(x)
     slope = 1.0
-    if both.sum() >= REGRESSION_NEEDS:
-        x0 = (x - _by_stratum(x, strata, np.mean))[both]
-        y0 = (y - _by_stratum(y, strata, np.mean))[both]
+    if n >= REGRESSION_NEEDS:
+        y = np.where(both, after, np.nan)
+        x0 = (x - means)[both]
+        y0 = (y - strata.means(y))[both]
         spread = float(x0 @ x0)
         slope = float(x0 @ y0) / spread if spread > ROUNDING else 0.0
     # A device without a period before is judged as if it had been an average one.
-    missing = _by_stratum(x, strata, np.mean)
-    missing = np.where(np.isnan(missing), np.nanmean(x), missing)
+    missing = np.where(np.isnan(means), x[both].sum() / n, means)
     return after - slope * np.where(np.isnan(before), missing, before)
-
-
-def _by_stratum(values: Floats, strata: Integers, centre: Callable[[Floats], np.floating]) -> Floats:
-    result = np.full(len(values), np.nan)
-    for stratum in np.unique(strata):
-        members = strata == stratum
-        seen = values[members & ~np.isnan(values)]
-        if len(seen):
-            result[members] = centre(seen)
-    return result
 
 
 def _ranks(values: Floats) -> Floats:
