@@ -136,7 +136,7 @@ def issue_service(
 
 
 def issue_device(
-    authority: Authority, request: ec.EllipticCurvePublicKey, device: str, now: Moment, days: int
+    authority: Authority, request: ec.EllipticCurvePublicKey, device: str, now: Moment, days: float
 ) -> IssuedCertificate:
     """Issue a certificate for ``device`` and the key of a request that ``read_request`` has checked."""
     if not valid_device_id(device):
@@ -206,6 +206,11 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def utc_now() -> Moment:
+    """Return the time."""
+    return dt.datetime.now(dt.UTC)
+
+
 def moment(micros: int) -> Moment:
     """Return microseconds since 1970-01-01 UTC as certificates want them."""
     return dt.datetime.fromtimestamp(micros // 1_000_000, dt.UTC)
@@ -232,7 +237,7 @@ def _issue(
     san: x509.SubjectAlternativeName,
     usage: x509.ObjectIdentifier,
     now: Moment,
-    days: int,
+    days: float,
 ) -> IssuedCertificate:
     not_after = (now + dt.timedelta(days=days)).replace(microsecond=0)
     certificate = (

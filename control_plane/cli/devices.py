@@ -260,4 +260,4 @@ def _why(code: str | None, detail: str) -> str:
         return detail
     spec = ERRORS.get(code)
     said = f"{code}: {detail or (spec.summary if spec else '')}"
-    return f"{said} {spec.remedy}" if spec else said
+    return f"{said.rstrip('.')}. {spec.remedy}" if spec else said

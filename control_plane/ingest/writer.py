@@ -180,7 +180,7 @@ def _acks(marks: dict[store.WatermarkKey, Mark]) -> tuple[Ack, ...]:
 
 
 def _stranger(item: Decoded) -> list[Refused]:
-    """Refuse what comes from a device that never enrolled here; it is not acknowledged."""
+    """Refuse what comes from a device that is not, or no more, enrolled here; it is not acknowledged."""
     if not item.accepted:
         return []
     first = item.accepted[0]
@@ -190,7 +190,7 @@ def _stranger(item: Decoded) -> list[Refused]:
             topic=topics.records(item.device, first.envelope.priority),
             payload=msgspec.json.encode(first.envelope),
             code="message.wrong_device",
-            detail=f"no device {item.device} has enrolled here ({len(item.accepted)} records)",
+            detail=f"no device {item.device} is enrolled here ({len(item.accepted)} records)",
             t_received=first.t_received,
         )
     ]

@@ -34,11 +34,13 @@ class DeviceDetail(msgspec.Struct, frozen=True):
 class Devices:
     """Use cases on devices and groups.
 
-    ``revoked`` is called after a device was revoked, so that the broker
-    hears of it.
+    ``revoked`` is called with the id of a device that was just revoked, so
+    that the broker hears of it.
     """
 
-    def __init__(self, database: Database, clock: Clock, *, revoked: Callable[[], None]) -> None:
+    def __init__(
+        self, database: Database, clock: Clock, *, revoked: Callable[[str], object] = lambda _device: None
+    ) -> None:
         self._database = database
         self._clock = clock
         self._revoked = revoked
@@ -114,7 +116,7 @@ class Devices:
             store.device(tx, device_id)
             store.revoke_certificates(tx, device_id, now)
             events.record(tx, actor=actor, kind="device.revoked", subject=device_id, t=now)
-        self._revoked()
+        self._revoked(device_id)
 
     def revocations(self) -> list[pki.Revocation]:
         """Return what stands on the revocation list."""

@@ -122,8 +122,9 @@ def insert_dead(tx: Session, records: Sequence[DeadRecord]) -> None:
 
 
 def known_devices(tx: Session, devices: Collection[str]) -> set[str]:
-    """Return those of ``devices`` that have enrolled."""
-    return set(tx.exec(select(Device.id).where(col(Device.id).in_(sorted(devices)))))
+    """Return those of ``devices`` that have enrolled and are not revoked."""
+    statement = select(Device.id).where(col(Device.id).in_(sorted(devices)), col(Device.state) == "active")
+    return set(tx.exec(statement))
 
 
 def update_reported(tx: Session, envelope: Envelope, body: Reported, received: int) -> None:

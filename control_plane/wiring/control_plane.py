@@ -45,12 +45,13 @@ from control_plane.wiring.clock import now_micros
 from control_plane.wiring.layout import Layout
 from control_plane.wiring.listeners import Listener, bind, serve
 from control_plane.wiring.signer import SignerProcess
-from control_plane.wiring.site import open_database
+from control_plane.wiring.site import open_database, write_broker
 from control_plane.workers.hints import HintPublisher
 from control_plane.workers.loop import Task, Workers
 from control_plane.workers.revocations import RevocationLists
 from control_plane.workers.rollouts import RolloutWorker
 from provisioning import broker, pki
+from provisioning.eviction import evict
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,6 @@ class ControlPlane:
         self.layout = layout
         self.settings = settings
         self.database = open_database(layout, settings)
-        layout.site.renew(layout.server_names(settings), pki.moment(now_micros()))
         listen = layout.signer_socket()
         self.signer = SignerProcess(listen, layout.signer_keys)
         self.signer_client = SignerClient(listen)
@@ -78,6 +78,8 @@ class ControlPlane:
         )
         self.access = Access(self.database, now_micros)
         self.devices = Devices(self.database, now_micros, revoked=self._revoked)
+        if layout.site.renew(layout.server_names(settings), pki.moment(now_micros())):
+            write_broker(layout, settings, self.devices.revocations())
         self.enrolment = Enrolment(
             self.database,
             now_micros,
@@ -188,8 +190,9 @@ class ControlPlane:
             return False
         return True
 
-    def _revoked(self) -> None:
+    def _revoked(self, device_id: str) -> None:
         self.revocations.tick()
+        evict(self.layout.site, device_id, self.settings.broker, self.settings.broker_port)
 
     def _publish_revocations(self, revoked: Sequence[pki.Revocation], now: dt.datetime) -> None:
         broker.write_revocations(self.layout.broker, self.layout.site.write_crl(revoked, now))

@@ -1,6 +1,7 @@
 """What ``pithead init`` makes: authorities, the broker's files, the database, the first administrator."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ from sqlmodel import select
 from contract.errors import PitheadError
 from control_plane.cli.client import profile_path
 from control_plane.services.access import Access, IssuedToken
+from control_plane.services.devices import Devices
 from control_plane.settings import FILE_NAME, Settings
 from control_plane.store.database import Database
 from control_plane.store.tables.token import ApiToken
@@ -39,14 +41,20 @@ def init(layout: Layout, settings: Settings, written: Settings | None) -> Made:
     fresh = not layout.site.exists
     if fresh:
         layout.site.create(layout.server_names(settings), now)
-    broker.write(layout.broker, layout.site.broker_files((), now), port=settings.broker_port)
     database = open_database(layout, settings)
     try:
+        write_broker(layout, settings, Devices(database, now_micros).revocations())
         token = _first_token(database)
     finally:
         database.close()
     profile = None if token is None else _write_profile(settings, token)
     return Made(fresh, token, profile)
+
+
+def write_broker(layout: Layout, settings: Settings, revoked: Sequence[pki.Revocation]) -> None:
+    """Write all that the broker reads."""
+    files = layout.site.broker_files(revoked, pki.moment(now_micros()))
+    broker.write(layout.broker, files, port=settings.broker_port)
 
 
 def open_database(layout: Layout, settings: Settings) -> Database:

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -26,14 +27,22 @@ class RevocationLists:
         self._publish = publish
         self._clock = clock
         self._written: tuple[int, tuple[pki.Revocation, ...]] | None = None
+        self._lock = threading.Lock()
 
     def tick(self) -> bool:
         """Write the lists when it is time; say whether it was."""
-        now = self._clock()
-        revoked = tuple(sorted(self._revocations()))
-        if self._written is not None and self._written[1] == revoked and now - self._written[0] < REISSUE_US:
-            return False
-        self._publish(revoked, pki.moment(now))
-        self._written = (now, revoked)
+        with self._lock:
+            now = self._clock()
+            revoked = tuple(sorted(self._revocations()))
+            if self._is_written(revoked, now):
+                return False
+            self._publish(revoked, pki.moment(now))
+            self._written = (now, revoked)
         log.info("revocations.published", extra={"facts": {"revoked": len(revoked)}})
         return True
+
+    def _is_written(self, revoked: tuple[pki.Revocation, ...], now: int) -> bool:
+        if self._written is None:
+            return False
+        at, earlier = self._written
+        return earlier == revoked and now - at < REISSUE_US

@@ -144,9 +144,14 @@ def test_a_certificate_that_is_not_in_the_book(plant: Plant, call: Call, tmp_pat
 def test_a_revoked_device_is_shut_out_of_both_ways_in(plant: Plant, call: Call, tmp_path: Path) -> None:
     response, identity = enrol(call, plant.join_token(1), tmp_path)
     assert call("GET", BUNDLE_PATH, identity=identity).status == 200
+    site = BrokerSite(plant.data_dir, Site(plant.data_dir / "pki"), plant.ports.broker, plant.config)
+    live = Connection(site, Identity(response.device, identity.certificate, identity.key, "")).open()
     plant.api.post(f"/api/v1/devices/{response.device}/revoke")
     answer = call("GET", BUNDLE_PATH, identity=identity)
     assert (answer.status, answer.code) == (403, "identity.revoked")
+    wait_for(lambda: live.losses, "the broker to cut it off")
+    wait_for(lambda: not live.client.is_connected(), "the device to be outside")
+    live.close()
     listed = (plant.data_dir / "broker" / "crl.pem").read_bytes()
     assert listed.count(b"BEGIN X509 CRL") == 2
     assert plant.api.get(f"/api/v1/devices/{response.device}")["state"] == "revoked"

@@ -55,7 +55,7 @@ def enrolment(database: Database, clock: Clock) -> Enrolment:
 
 @pytest.fixture
 def devices(database: Database, clock: Clock) -> Devices:
-    return Devices(database, clock, revoked=lambda: None)
+    return Devices(database, clock)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:

@@ -11,6 +11,7 @@ from contract.codec import JSON_ZSTD, MAX_DECODED, MAX_PAYLOAD
 from contract.messages import PriorityClass, Reported, Status
 from control_plane.ingest.decode import Inbound, decode
 from control_plane.ingest.writer import Writer, Written
+from control_plane.services.devices import Devices
 from control_plane.store import devices, telemetry
 from control_plane.store.database import Database
 from control_plane.store.ids import new_id
@@ -190,6 +191,12 @@ def test_a_device_that_never_enrolled_is_not_acknowledged(database: Database, wr
     written = writer.write([message([envelope(anomaly(), 1, device=stranger)], device=stranger)])
     assert (written.records, written.refused, written.acks) == (0, 1, ())
     assert dead(database)[0].code == "message.wrong_device"
+
+
+def test_a_revoked_device_is_heard_no_more(database: Database, writer: Writer) -> None:
+    Devices(database, lambda: NOW).revoke(actor="test", device_id=DEVICE)
+    written = writer.write([message([envelope(anomaly(), 1)])])
+    assert (written.records, written.refused, written.acks) == (0, 1, ())
 
 
 def test_a_text_that_the_database_refuses(database: Database, writer: Writer) -> None:

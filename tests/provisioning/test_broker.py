@@ -16,6 +16,7 @@ from contract import topics
 from contract.errors import PitheadError
 from contract.messages import PriorityClass
 from provisioning import broker, pki
+from provisioning.eviction import evict
 from provisioning.site import Site
 from tests.services import (
     BrokerSite,
@@ -186,6 +187,15 @@ def test_a_revoked_device_stays_outside_after_a_reload(tmp_path: Path):
         assert not refused(plant, other.certificate, other.key)
     finally:
         plant.stop()
+
+
+def test_a_live_connection_is_evicted(plant: BrokerSite, parties: Parties) -> None:
+    """And its session with it: nothing that was queued for it is left."""
+    _ingest, alice, mallory = parties
+    assert evict(plant.site, MALLORY, "127.0.0.1", plant.port)
+    wait_for(lambda: mallory.losses, "the eviction")
+    assert alice.losses == 0
+    assert not evict(plant.site, MALLORY, "127.0.0.1", broker.free_port())
 
 
 def test_a_broken_list_is_never_loaded(tmp_path: Path):

@@ -9,7 +9,6 @@ down_revision = None
 
 def upgrade() -> None:
     """Make all tables."""
-
     op.create_table(
         "anomaly",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
