@@ -172,7 +172,9 @@ class Children:
         result: probing.Choice | PitheadError
         try:
             with self._probing:  # one at a time: they measure
-                reports = probing.probe(manifest, files, variants=[step.variant], limits=LIMITS)
+                reports = probing.probe(
+                    manifest, files, variants=[step.variant], limits=LIMITS, first_only=True
+                )
             result = probing.choose(reports, manifest)
         except PitheadError as error:
             result = error

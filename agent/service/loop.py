@@ -247,6 +247,8 @@ class Supervisor:
             self._cancel(steps)
             changed = [self._execute(name, step) for name, step in steps.items()]
             if not any(changed):
+                # A task that has just begun may end before the next turn.
+                self._reporter.receipts(self._observed, children.running)
                 break
             self._collect = True
         self._intake.configure()

@@ -15,7 +15,7 @@ BATCH_RECORDS: Final = 200
 BATCH_BYTES: Final = 160 * 1024
 WINDOW: Final = 1000
 """Records of one class that may be sent without being acknowledged."""
-ACK_S: Final = 30.0
+ACK_S: Final = 15.0
 ACK_CAP_S: Final = 600.0
 
 
@@ -25,8 +25,10 @@ class _Lane:
     def __init__(self) -> None:
         self.sent = 0
         """Sequence number up to which records have been sent."""
-        self.moved = 0.0
-        """When something was sent into an empty window, or acknowledged."""
+        self.oldest = 0
+        """The first of them that is not acknowledged; 0 for none."""
+        self.since = 0.0
+        """When it became the oldest."""
         self.patience = ACK_S
 
 
@@ -44,21 +46,29 @@ class Uplink:
         if not self._link.online:
             return
         for priority, lane in self._lanes.items():
-            waiting = self._outbox.waiting(priority, lane.sent)
-            if waiting and self._now() - lane.moved > lane.patience:
-                log.warning(
-                    "uplink.not_acknowledged",
-                    extra={"facts": {"class": priority.value, "records": waiting, "after_s": lane.patience}},
-                )
-                lane.patience = min(lane.patience * 2, ACK_CAP_S)
-                lane.sent, waiting = 0, 0
+            waiting, oldest = self._outbox.waiting(priority, lane.sent)
+            waiting = self._late(priority, lane, waiting, oldest)
             while waiting < WINDOW and self._link.room:
                 sent = self._send(priority, lane, WINDOW - waiting)
                 if sent == 0:
                     break
-                if waiting == 0:
-                    lane.moved = self._now()
                 waiting += sent
+
+    def _late(self, priority: PriorityClass, lane: _Lane, waiting: int, oldest: int) -> int:
+        """Go back to the oldest record when it has waited too long; return how many are under way.
+
+        The oldest counts, not the newest acknowledgement: what was lost on
+        the way stays behind while later records get through.
+        """
+        if oldest != lane.oldest:
+            lane.oldest, lane.since, lane.patience = oldest, self._now(), ACK_S
+        if not waiting or self._now() - lane.since <= lane.patience:
+            return waiting
+        facts = {"class": priority.value, "records": waiting, "after_s": lane.patience}
+        log.warning("uplink.not_acknowledged", extra={"facts": facts})
+        lane.sent, lane.since = oldest - 1, self._now()
+        lane.patience = min(lane.patience * 2, ACK_CAP_S)
+        return 0
 
     def acknowledged(self, ack: Ack) -> None:
         """Delete what the control plane has stored, or refused for good."""
@@ -66,9 +76,7 @@ class Uplink:
             log.warning("uplink.foreign_ack", extra={"facts": {"device": ack.device, "v": ack.v}})
             return
         for span in ack.acks:
-            if self._outbox.acknowledge(span):
-                lane = self._lanes[span.priority]
-                lane.moved, lane.patience = self._now(), ACK_S
+            self._outbox.acknowledge(span)
 
     def _send(self, priority: PriorityClass, lane: _Lane, room: int) -> int:
         batch = self._outbox.unsent(priority, lane.sent, records=min(room, BATCH_RECORDS), size=BATCH_BYTES)

@@ -149,12 +149,13 @@ class Outbox:
             last = seq
         return Batch(priority, last, tuple(taken)) if taken else None
 
-    def waiting(self, priority: PriorityClass, up_to: int) -> int:
-        """Return how many records of a class up to a sequence number are still here."""
-        (n,) = self._db.execute(
-            "SELECT COUNT(*) FROM record WHERE class = ? AND seq <= ?", (priority.value, up_to)
+    def waiting(self, priority: PriorityClass, up_to: int) -> tuple[int, int]:
+        """Return how many records of a class up to a sequence number are still here, and the first (or 0)."""
+        count, first = self._db.execute(
+            "SELECT COUNT(*), COALESCE(MIN(seq), 0) FROM record WHERE class = ? AND seq <= ?",
+            (priority.value, up_to),
         ).fetchone()
-        return int(n)
+        return int(count), int(first)
 
     def health(self) -> OutboxHealth:
         """Return size and losses."""

@@ -216,7 +216,7 @@ def test_only_what_is_acknowledged_is_deleted(open_outbox: Callable[..., Outbox]
     )
     assert sequence(outbox, PriorityClass.ANOMALY) == [3, 4, 9, 10]
     assert sequence(outbox, PriorityClass.HEALTH) == [1, 2, 3]
-    assert outbox.waiting(PriorityClass.ANOMALY, 9) == 3
+    assert outbox.waiting(PriorityClass.ANOMALY, 9) == (3, 3)
     assert outbox.health().records == 7
     outbox.close()
 
