@@ -66,6 +66,9 @@ def run(app: typer.Typer) -> None:
     except PitheadError as error:
         show_error(error)
         raise SystemExit(1) from error
+    except OSError as error:
+        show_error(PitheadError("config.invalid", str(error)))
+        raise SystemExit(1) from error
 
 
 def show_error(error: PitheadError) -> None:

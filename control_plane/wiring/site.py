@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from alembic.util import CommandError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import select
 
 from contract.errors import PitheadError
@@ -58,11 +60,17 @@ def write_broker(layout: Layout, settings: Settings, revoked: Sequence[pki.Revoc
 
 
 def open_database(layout: Layout, settings: Settings) -> Database:
-    """Return the database with its newest schema; nobody else may read the file."""
+    """Return the database with its newest schema; nobody else may read the file.
+
+    Raises ``config.invalid`` when it cannot be reached or is none of ours.
+    """
     previous = os.umask(0o077)
     try:
         database = Database(layout.database_url(settings))
         database.migrate()
+    except (SQLAlchemyError, CommandError) as error:
+        reason = getattr(error, "orig", None) or error
+        raise PitheadError("config.invalid", f"database_url: {reason}") from error
     finally:
         os.umask(previous)
     return database

@@ -144,6 +144,24 @@ def test_init_can_be_repeated_and_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "url", ["nonsense", "sqlite:////no/such/directory/x.db", "postgresql://nobody@127.0.0.1:9/none"]
+)
+def test_a_database_that_cannot_be_used_is_told(tmp_path: Path, url: str) -> None:
+    done = pithead(tmp_path, "init", "--data-dir", tmp_path / "site", "--database-url", url)
+    assert done.returncode == 1
+    assert "config.invalid: database_url" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_data_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = pithead(tmp_path, "init", "--data-dir", tmp_path / "file" / "site")
+    assert done.returncode == 1
+    assert str(tmp_path / "file") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("text", "environment", "says"),
     [
         ("api_prt = 1", {}, "api_prt"),
