@@ -1,13 +1,13 @@
 """The chapters of the demo. Each does what an operator would do, then checks what the fleet says."""
 
-import multiprocessing
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 from contract.errors import ERRORS
-from contract.manifest import Manifest
-from models.shuttle import build as shuttle
+from models import shipped
+from models.package import read_manifest
 from simulator.demo import policies
 from simulator.demo.fleet import Fleet
 from simulator.demo.labels import agreement, read_labels
@@ -31,8 +31,8 @@ class Story:
         self.fleet = fleet
         self.plant = fleet.plant
         self.tell = narrator
-        self.builds: dict[str, Future[Manifest]] = {}
-        self._workshop = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self.builds: dict[str, Future[Path]] = {}
+        self._workshop = ThreadPoolExecutor(1)
         self.offsets: dict[str, int] = {}
 
     @property
@@ -58,14 +58,16 @@ class Story:
         """Keys, certificates, broker, control plane, a recording; the model's versions are made meanwhile."""
         with self.tell.chapter("Set up"):
             for version, recipe in RECIPES.items():
-                package = self.fleet.packages / MODEL / version
-                self.builds[version] = self._workshop.submit(shuttle.build, package, recipe=recipe)
+                order = shipped.order(MODEL, recipe=recipe)
+                self.builds[version] = self._workshop.submit(shipped.build_apart, order, self.fleet.packages)
             rows = self.fleet.write_recording()
             self.fleet.configure(rows)
             said = self.plant.prepare()
-            keys = sum("offline" in line and ".pem" in line for line in said.splitlines())
+            keys = [
+                line for line in said.splitlines() if line.startswith(str(self.plant.data_dir / "offline"))
+            ]
             self.tell.say(
-                f"key ceremony held: {keys} lines about offline keys, root and targets signed 2-of-3"
+                f"key ceremony: {len(keys)} offline keys, encrypted; roots and targets signed 2-of-3"
             )
             self.plant.start()
             self.tell.say(
@@ -179,9 +181,10 @@ class Story:
 
     def _release(self, version: str) -> None:
         """Build (or wait until it is built), sign and publish."""
-        manifest = self.builds[version].result()
-        self.plant.release(self.fleet.packages / MODEL / version)
-        self.tell.say(f"{MODEL} {version} signed with the release key and published: {manifest.summary}")
+        package = self.builds[version].result()
+        self.plant.release(package)
+        summary = read_manifest(package).summary
+        self.tell.say(f"{MODEL} {version} signed with the release key and published: {summary}")
 
     def _online(self) -> int:
         return sum(bool(device["online"]) for device in self.plant.devices())
