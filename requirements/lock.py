@@ -17,7 +17,8 @@ TFLITE_RUNTIME = "tflite-runtime==2.14.0\nnumpy<2\nmsgspec\nzstandard\npyseccomp
 
 def compile_set(name: str, *arguments: str, stdin: str | None = None) -> None:
     """Write ``requirements/<name>.txt``."""
-    command = [*COMMON, *arguments, "--output-file", str(HERE / f"{name}.txt")]
+    command = [*COMMON, *arguments, "--constraint", str(HERE / "constraints.in")]
+    command += ["--output-file", str(HERE / f"{name}.txt")]
     subprocess.run(command, check=True, input=stdin, text=True, cwd=HERE.parent)
 
 

@@ -343,7 +343,7 @@ def worst_skew(tx: Session) -> int:
     """Return by how much the clock of any device is known to be wrong, in microseconds."""
     skew = col(Device.clock_skew_us)
     lowest, highest = tx.execute(select(func.min(skew), func.max(skew))).one()
-    return max(abs(lowest or 0), abs(highest or 0))
+    return max(abs(int(lowest or 0)), abs(int(highest or 0)))
 
 
 def _rollout(row: RolloutRow) -> RolloutRecord:
