@@ -68,7 +68,7 @@ class Intake:
         elif event.connection != self._connection:
             return
         elif isinstance(message, LaneState):
-            self._world.lanes[message.lane] = message
+            self._world.lane_said(message)
         elif isinstance(message, Fitted):
             self._world.fitted(message.lane, message.digest, message.fit)
         else:

@@ -31,8 +31,10 @@ from contract.messages import Ack, DesiredHint, Name
 
 log = logging.getLogger(__name__)
 TICK_S: Final = 0.5
-QUIET_S: Final = 0.02
+QUIET_S: Final = 0.05
 """Events that come close together are dealt with in one turn."""
+QUIET: Final = (mqtt.Published, Ack)
+"""Events that change nothing for the planner."""
 MOST_EVENTS: Final = 2000
 COLLECT_S: Final = 60.0
 SNAPSHOT_S: Final = 1.0
@@ -80,6 +82,8 @@ class Supervisor:
         self._intake = Intake(parts.world, parts.outbox, parts.engine, self._now)
         self._uplink = Uplink(parts.outbox, parts.link, self._now)
         self._observed: dict[Name, plan.Observed] = {}
+        self._idle = False
+        self._plan_at = 0.0
         self._health_at = 0.0
         self._snapshot_at = 0.0
         self._collect_at = 0.0
@@ -114,8 +118,11 @@ class Supervisor:
     def _turn(self) -> None:
         for event in self._drain(TICK_S):
             self._try("events", self._handle, event)
+            self._idle = self._idle and isinstance(event, QUIET)
         self._try("products", self._intake.store)
-        self._try("plan", self._plan)
+        if not self._idle or self._now() >= self._plan_at:
+            self._idle, self._plan_at = True, self._now() + TICK_S
+            self._try("plan", self._plan)
         self._try("health", self._send_health)
         self._try("collect", self._collect_garbage)
         self._try("uplink", self._uplink.pump)
@@ -264,18 +271,15 @@ class Supervisor:
 
     def _cancel(self, steps: dict[Name, plan.Step]) -> None:
         """Stop tasks that nobody wants, or that stand in the way of a more urgent one."""
-        desired = self._world.desired
-        goals = plan.goals(desired) if desired is not None else {}
         for name in self._observed:
             task = self._parts.children.running(name)
             if task is None:
                 continue
-            goal = goals.get(name, plan.Goal())
-            wanted = {(a.manifest_sha256, a.attempt) for a in goal.assignments}
-            mine = (task.wanted.manifest_sha256, task.wanted.attempt)
             step = steps.get(name)
-            urgent = isinstance(step, plan.TASKS) and step.wanted.manifest_sha256 != mine[0]
-            if mine not in wanted or urgent:
+            urgent = (
+                isinstance(step, plan.TASKS) and step.wanted.manifest_sha256 != task.wanted.manifest_sha256
+            )
+            if urgent or not self._world.wants(task.wanted):
                 self._parts.children.cancel(name)
 
     def _send_health(self) -> None:

@@ -24,6 +24,9 @@ RETRY_PROBE: Final = frozenset({"probe.timeout", "probe.over_budget", "internal.
 PROBE_TRIES: Final = 2
 RETRY_FETCH: Final = frozenset({"internal.error", "storage.failed"})
 """Tried again, although the table of codes does not promise success."""
+RACE: Final = frozenset({"update.not_released"})
+"""May mean that newer metadata was verified while the fetch began: tried again a few times."""
+RACE_TRIES: Final = 2
 RETRY_CAP_S: Final = 120.0
 EVENTS: Final[dict[type, str]] = {
     plan.Activate: "slot.trial_started",
@@ -76,6 +79,8 @@ class Steps:
     def fetched(self, event: Fetched) -> None:
         """Note how a fetch ended."""
         digest, error = event.step.wanted.manifest_sha256, event.error
+        if not self._world.wants(event.step.wanted):
+            return
         if error is None:
             self._world.troubles.pop(digest, None)
             self._tries.pop((digest, "fetch"), None)
@@ -83,7 +88,8 @@ class Steps:
         log.warning(
             "fetch.failed", extra={"facts": {"digest": digest, "code": error.code, "detail": error.detail}}
         )
-        if error.retryable or error.code in RETRY_FETCH:
+        tried = self._tries.get((digest, "fetch"), 0)
+        if error.retryable or error.code in RETRY_FETCH or (error.code in RACE and tried < RACE_TRIES):
             self._later(digest, "fetch", error)
         else:
             self._world.failures[digest] = plan.Failure("fetch", error.code, error.detail[:2000])
@@ -93,6 +99,8 @@ class Steps:
         step, result = event.step, event.result
         wanted, digest = step.wanted, step.wanted.manifest_sha256
         self._world.state.put({_probe_key(step): None})
+        if not self._world.wants(wanted):
+            return
         manifest = self._world.manifest(wanted)
         if isinstance(result, Choice) and manifest is not None:
             variant = lookup(manifest, step.variant)
@@ -129,10 +137,9 @@ class Steps:
     def _fetch(self, step: plan.Fetch) -> None:
         wanted = step.wanted
         manifest = self._world.manifest(wanted)
-        if step.variant is None or manifest is None:
-            downloads = [Download(wanted.manifest_path, wanted.manifest_sha256, wanted.manifest_length)]
-        else:
-            downloads = _downloads(manifest, step.variant)
+        downloads = [Download(wanted.manifest_path, wanted.manifest_sha256, wanted.manifest_length)]
+        if step.variant is not None and manifest is not None:
+            downloads += _downloads(manifest, step.variant)
         self._children.fetch(step, downloads)
 
     def _probe(self, step: plan.Probe) -> None:

@@ -15,7 +15,7 @@ BATCH_RECORDS: Final = 200
 BATCH_BYTES: Final = 160 * 1024
 WINDOW: Final = 1000
 """Records of one class that may be sent without being acknowledged."""
-ACK_S: Final = 15.0
+ACK_S: Final = 10.0
 ACK_CAP_S: Final = 600.0
 
 

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 DESIRED: Final = "desired"
 ETAG: Final = "etag"
 FIT: Final = "fit/"
+DAMAGE: Final = frozenset({"package.file_mismatch", "package.file_missing"})
+"""Codes of a lane whose files are not what they were when they came."""
 
 
 class Machine(Struct, frozen=True):
@@ -85,6 +87,12 @@ class World:
             for digest in old.keys() - wanted:
                 old.pop(digest)
 
+    def wants(self, wanted: ModelAssignment) -> bool:
+        """Whether an order, in this attempt, still stands; what came of an older one is of no account."""
+        mine = (wanted.manifest_sha256, wanted.attempt)
+        models = self.desired.models if self.desired is not None else ()
+        return mine in {(a.manifest_sha256, a.attempt) for a in models}
+
     def manifest(self, wanted: ModelAssignment) -> Manifest | None:
         """Return the manifest of an assignment if it is here; a wrong one becomes a failure."""
         digest = wanted.manifest_sha256
@@ -145,8 +153,18 @@ class World:
     def fitted(self, lane: str, digest: Sha256, fit: FitResult) -> None:
         """Keep a calibration, durably."""
         key = self._fit_key(digest, lane)
-        self.state.put({FIT + key: fit})
         self._fits[key] = fit
+        self.state.put({FIT + key: fit})
+
+    def lane_said(self, state: LaneState) -> None:
+        """Take a lane's state; files that it found damaged are deleted, so that they are fetched again."""
+        before = self.lanes.get(state.lane)
+        self.lanes[state.lane] = state
+        if state.code not in DAMAGE or (before is not None and before.code == state.code):
+            return
+        for installed in self.slots.get(state.model_name).installed():
+            for sha256 in (installed.digest, *installed.files.values()):
+                self.objects.verify(sha256)
 
     def intact(self, installed: Installed) -> bool:
         """Whether all objects of an installed version are here."""

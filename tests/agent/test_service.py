@@ -1,0 +1,428 @@
+"""Parts of the supervisor, each with the real ones that it touches."""
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from agent.core import health, slots
+from agent.core.layout import Layout
+from agent.core.plan import Fetch
+from agent.core.settings import AgentSettings, Lane
+from agent.core.slots import Installed, Serving, Slots
+from agent.ports import Configure, FitResult, Hello, LaneState, Product
+from agent.service import children, engine_process, events, vitals
+from agent.service.children import Children, Download
+from agent.service.engine_process import EngineKeeper
+from agent.service.intake import MOST_UNSTORED, Intake
+from agent.service.reporting import Clock, Reporter
+from agent.service.world import Machine, World, lane_seen
+from agent.store.objects import ObjectStore
+from agent.store.outbox import Outbox
+from agent.store.slots import SlotStore
+from agent.store.state import StateStore
+from contract import codec
+from contract.errors import PitheadError
+from contract.messages import Anomaly, Desired, Envelope, ModelAssignment, PriorityClass, Receipt, Reported
+
+DEVICE = "dev-test0001"
+Wait = Callable[..., None]
+MACHINE = Machine(
+    device=DEVICE,
+    boot_id="boot",
+    arch="x86_64",
+    hardware="test",
+    formats=frozenset({"onnx"}),
+    accelerators=("cpu",),
+    runtimes={},
+    agent_version="0",
+)
+LANE = Lane("line", "pump", {"kind": "replay", "path": "rows.csv"})
+
+
+class Bench:
+    """A world on a disk of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        self.layout.run_dir.mkdir(parents=True)
+        self.state = StateStore(self.layout.state)
+        self.outbox = Outbox(self.layout.outbox, device=DEVICE, boot_id="boot", limit=10**7)
+        self.objects = ObjectStore(self.layout.objects)
+        self.box: queue.Queue[events.Event] = queue.Queue()
+        self.engine = EngineKeeper(self.layout, self.box.put, fraction=lambda: 0.0)
+        self.now = 100.0
+        self.world = self.restarted()
+
+    def restarted(self) -> World:
+        return World(
+            self.layout,
+            AgentSettings(lanes=(LANE,)),
+            MACHINE,
+            slot_store=SlotStore(self.layout.slots),
+            objects=self.objects,
+            state=self.state,
+        )
+
+    def install(self, wanted: ModelAssignment) -> Installed:
+        digest, model = self.objects.put(b"manifest"), self.objects.put(b"model")
+        assert digest != wanted.manifest_sha256
+        return Installed(wanted.version, digest, "int8", "cpu", {"model.onnx": model})
+
+    def records(self, priority: PriorityClass) -> list[Envelope]:
+        batch = self.outbox.unsent(priority, 0, records=10**6, size=2**40)
+        return [] if batch is None else [codec.decode(r, Envelope) for r in batch.records]
+
+    def close(self) -> None:
+        self.outbox.close()
+        self.state.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    found = Bench(tmp_path)
+    yield found
+    found.close()
+
+
+# --- the engine's products
+
+
+def product(n: int) -> Product:
+    return Product(n, 1, 1, Anomaly("pump", "1.0.0", n, 2.0, 1.0))
+
+
+def hello(pid: int = 7) -> Hello:
+    return Hello(pid, 1000, {})
+
+
+def intake(bench: Bench) -> Intake:
+    return Intake(bench.world, bench.outbox, bench.engine, lambda: bench.now)
+
+
+def test_products_that_the_engine_repeats_are_stored_once(bench: Bench):
+    first = intake(bench)
+    first.said(events.EngineSaid(1, hello()))
+    for n in range(1, 6):
+        first.said(events.EngineSaid(1, product(n)))
+    first.store()
+    again = intake(bench)  # the supervisor has died before it could say `Stored`
+    again.said(events.EngineSaid(1, hello()))
+    for n in range(3, 9):
+        again.said(events.EngineSaid(1, product(n)))
+    again.store()
+    bodies = [e.body for e in bench.records(PriorityClass.ANOMALY)]
+    assert [b.t for b in bodies if isinstance(b, Anomaly)] == list(range(1, 9))
+    other = intake(bench)  # a new engine counts from 1 again
+    other.said(events.EngineSaid(1, hello(pid=8)))
+    other.said(events.EngineSaid(1, product(1)))
+    other.store()
+    assert len(bench.records(PriorityClass.ANOMALY)) == 9
+
+
+def test_while_the_disk_takes_nothing_products_wait_and_the_engine_is_held(bench: Bench):
+    taking = intake(bench)
+    taking.said(events.EngineSaid(1, hello()))
+    for n in range(1, MOST_UNSTORED + 3):
+        taking.said(events.EngineSaid(1, product(n)))
+    bench.outbox._db.execute("PRAGMA query_only=ON")
+    with pytest.raises(PitheadError) as caught:
+        taking.store()
+    assert caught.value.code == "storage.failed"
+    assert bench.engine._paused.is_set()
+    taking.store()  # not yet again
+    bench.outbox._db.execute("PRAGMA query_only=OFF")
+    bench.now += 2
+    taking.store()
+    assert not bench.engine._paused.is_set()
+    assert len(bench.records(PriorityClass.ANOMALY)) == MOST_UNSTORED + 2
+
+
+# --- trials
+
+
+def on_trial(bench: Bench, assign: Callable[..., ModelAssignment], **more: int) -> Slots:
+    installed = bench.install(assign("2.0.0"))
+    found = Slots("pump", trial=Serving(installed, activation=3), **more)
+    bench.world.slots.save(found)
+    return found
+
+
+def test_an_engine_that_dies_under_watch_ends_the_trial(bench: Bench, assign: Callable[..., ModelAssignment]):
+    on_trial(bench, assign)
+    watching = intake(bench)
+    watching.started()
+    watching.said(events.EngineSaid(1, hello()))
+    verdict = bench.world.observe(0.0)["pump"].verdict
+    assert verdict.judgement is health.Judgement.PENDING
+    assert bench.world.slots.get("pump").trial_starts == 1
+    watching.lost(events.EngineLost(1, "closed"))
+    watching.started()
+    verdict = bench.world.observe(0.0)["pump"].verdict
+    assert (verdict.judgement, verdict.code) == (health.Judgement.BAD, "trial.crashed")
+
+
+def test_an_engine_that_survives_its_supervisor_is_no_crash(
+    bench: Bench, assign: Callable[..., ModelAssignment]
+):
+    on_trial(bench, assign)
+    watching = intake(bench)
+    watching.said(events.EngineSaid(1, hello()))
+    watching.lost(events.EngineLost(1, "closed"))
+    watching.said(events.EngineSaid(2, hello()))
+    assert bench.world.observe(0.0)["pump"].verdict.judgement is health.Judgement.PENDING
+    assert bench.world.slots.get("pump").trial_starts == 0
+
+
+def test_a_trial_that_takes_the_device_down_again_and_again_is_given_up(
+    bench: Bench, assign: Callable[..., ModelAssignment]
+):
+    on_trial(bench, assign)
+    for _ in range(health.MAX_STARTS + 1):
+        bench.world = bench.restarted()
+        watching = intake(bench)
+        watching.started()
+        watching.said(events.EngineSaid(1, hello()))
+    assert bench.world.observe(0.0)["pump"].verdict.code == "trial.crashed"
+
+
+DIGEST = "d" * 64
+TRIAL = Serving(Installed("2.0.0", DIGEST, "int8", "cpu", {}), activation=3)
+
+
+@pytest.mark.parametrize(
+    ("state", "serves", "seen", "code"),
+    [
+        (None, False, "unknown", None),
+        (LaneState("line", "pump", "running", "a" * 64, 1), False, "loading", None),
+        (LaneState("line", "pump", "failed", "a" * 64, 1, code="source.failed"), False, "loading", None),
+        (LaneState("line", "pump", "running", DIGEST, 2), False, "loading", None),
+        (LaneState("line", "pump", "running", DIGEST, 3, code="source.failed"), True, "running", None),
+        (
+            LaneState("line", "pump", "running", "a" * 64, 1, DIGEST, 3, code="inference.load_failed"),
+            False,
+            "running",
+            "inference.load_failed",
+        ),
+        (
+            LaneState("line", "pump", "failed", DIGEST, 3, code="inference.run_failed"),
+            True,
+            "failed",
+            "inference.run_failed",
+        ),
+    ],
+)
+def test_a_lane_counts_for_its_own_session_only(
+    state: LaneState | None,
+    serves: bool,  # noqa: FBT001 - a parameter of the table above
+    seen: str,
+    code: str | None,
+):
+    lane = lane_seen("line", state, TRIAL)
+    assert (lane.serves_trial, lane.state, lane.code) == (serves, seen, code)
+
+
+# --- what the engine is told
+
+
+def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(
+    bench: Bench, assign: Callable[..., ModelAssignment]
+):
+    found = on_trial(bench, assign)
+    assert found.trial is not None
+    installed = found.trial.installed
+    fit = FitResult((0.0,), (1.0,), 2.0, 10, 5)
+    bench.world.fitted("line", installed.digest, fit)
+    world = bench.restarted()
+    (spec,) = world.lane_specs()
+    assert (spec.fit, spec.activation, spec.digest) == (fit, 3, installed.digest)
+    assert spec.source["path"] == str(bench.layout.config.parent / "rows.csv")
+    path = Path(spec.files["model.onnx"])
+    path.write_bytes(b"other")
+    failed = LaneState("line", "pump", "failed", installed.digest, 3, code="package.file_mismatch")
+    world.lane_said(failed)
+    assert not path.exists()
+    assert world.lane_specs() == ()
+    assert installed.digest in world.observe(0.0)["pump"].broken
+
+
+def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(
+    bench: Bench, assign: Callable[..., ModelAssignment]
+):
+    found = on_trial(bench, assign)
+    assert found.trial is not None
+    installed = found.trial.installed
+    bench.world.fitted("line", installed.digest, FitResult((0.0,), (1.0,), 2.0, 10, 5))
+    gone = bench.objects.put(b"gone")
+    bench.world.forget()
+    assert bench.objects.collect(bench.world.needed_objects()) == 1
+    assert not bench.objects.has(gone)
+    assert bench.world.lane_specs()[0].fit is not None
+    bench.world.slots.remove("pump")
+    bench.world.forget()
+    assert bench.state.scan("fit/", FitResult) == {}
+
+
+# --- reporting
+
+
+def test_receipts_are_made_up_for_after_a_power_cut_and_not_repeated(
+    bench: Bench, assign: Callable[..., ModelAssignment], desire: Callable[..., Desired]
+):
+    clock = Clock(wall=lambda: 5, mono=lambda: 6)
+    bench.world.take(desire(assign("1.0.0", rollout="r")), "e1")
+    reporter = Reporter(bench.world, bench.outbox, clock)
+
+    def report(reporter: Reporter) -> list[str]:
+        observed = bench.world.observe(0.0)
+        reporter.receipts(observed, lambda _name: None)
+        reporter.reported(observed)
+        bodies = [e.body for e in bench.records(PriorityClass.RECEIPT)]
+        return [b.state.value if isinstance(b, Receipt) else type(b).__name__ for b in bodies]
+
+    assert report(reporter) == ["acknowledged", "Reported"]
+    assert report(reporter) == ["acknowledged", "Reported"]
+    wanted = assign("1.0.0")
+    installed = msgspec.structs.replace(bench.install(wanted), digest=wanted.manifest_sha256)
+    bench.world.slots.save(slots.confirm(slots.activate(slots.stage(Slots("pump"), installed), wanted)))
+    restarted = Reporter(bench.world, bench.outbox, clock)
+    assert report(restarted)[2:] == ["confirmed", "Reported"]
+    last = bench.records(PriorityClass.RECEIPT)[-1].body
+    assert isinstance(last, Reported)
+    assert last.models[0].active is not None
+    assert last.models[0].active.version == "1.0.0"
+
+
+def test_health_has_plausible_numbers(bench: Bench):
+    reporter = Reporter(bench.world, bench.outbox, Clock(wall=lambda: 5, mono=lambda: 6))
+    reporter.health(engine_pid=None, engine_restarts=2, connected_s=None, clock_offset_s=0.5)
+    (record,) = bench.records(PriorityClass.HEALTH)
+    body = msgspec.to_builtins(record.body)
+    assert body["engine_restarts"] == 2
+    assert 0 < body["memory_percent"] < 100
+    assert body["agent_pss_bytes"] > 10_000_000
+    assert body["disk_free_bytes"] > 0
+
+
+def test_vitals_agree_with_psutil():
+    assert vitals.memory_percent() == pytest.approx(psutil.virtual_memory().percent, abs=5)
+    assert vitals.pss([os.getpid()]) == pytest.approx(psutil.Process().memory_full_info().pss, rel=0.2)
+    assert 0 <= vitals.CpuMeter().percent() <= 100
+    assert vitals.pss([2**22 + 1]) == 0
+
+
+def test_vitals_read_sensors_where_there_are_any(tmp_path: Path):
+    assert vitals.temperature(tmp_path) is None
+    for i, text in enumerate(["41500\n", "broken\n", "55250\n"]):
+        zone = tmp_path / f"class/thermal/thermal_zone{i}"
+        zone.mkdir(parents=True)
+        (zone / "temp").write_text(text)
+    assert vitals.temperature(tmp_path) == 55.25
+
+
+# --- child processes
+
+
+@pytest.fixture
+def running(bench: Bench) -> Iterator[Children]:
+    found = Children(bench.layout, bench.box.put)
+    yield found
+    found.stop()
+    for thread in threading.enumerate():
+        if thread.name in {"fetch", "probe", "refresh"}:
+            thread.join(20)
+
+
+def test_an_update_process_that_fails_leaves_a_code(
+    bench: Bench, running: Children, assign: Callable[..., ModelAssignment]
+):
+    step = Fetch(assign("1.0.0"))
+    running.fetch(step, [Download("models/pump/1.0.0/manifest.json", "a" * 64, 10)])
+    assert running.running("pump") == step
+    event = bench.box.get(timeout=30)
+    assert isinstance(event, events.Fetched)
+    assert event.error is not None
+    assert event.error.code == "update.not_released"
+    running.finished(step)
+    assert running.running("pump") is None
+    bench.layout.bundle.write_bytes(b"nonsense")
+    running.refresh('"e1"')
+    refused = bench.box.get(timeout=30)
+    assert isinstance(refused, events.Refreshed)
+    assert isinstance(refused.result, PitheadError)
+
+
+def test_a_cancelled_task_says_nothing_and_two_never_write_at_once(
+    bench: Bench, running: Children, assign: Callable[..., ModelAssignment], wait_until: Wait
+):
+    holder = bench.layout.update_lock
+    holder.touch()
+    # An update process that outlived its supervisor holds the lock.
+    orphan = subprocess.Popen(["flock", str(holder), "sleep", "60"], start_new_session=True)
+    try:
+        wait_until(lambda: subprocess.call(["flock", "-n", str(holder), "true"]) == 1, "the lock to be held")
+        step = Fetch(assign("1.0.0"))
+        running.fetch(step, [Download("models/pump/1.0.0/manifest.json", "a" * 64, 10)])
+        with pytest.raises(queue.Empty):
+            bench.box.get(timeout=0.5)
+        running.cancel("pump")
+        assert running.running("pump") is None
+        wait_until(lambda: "pump" not in running._running, "the task to end")
+        assert bench.box.empty()
+    finally:
+        os.killpg(orphan.pid, signal.SIGKILL)
+        orphan.wait()
+
+
+def test_an_answer_that_is_none_is_an_interruption():
+    with pytest.raises(PitheadError) as caught:
+        children._answer("fetch", b"", b"boom\n", -9)
+    assert caught.value.code == "install.interrupted"
+    assert "boom" in caught.value.detail
+    with pytest.raises(PitheadError) as caught:
+        children._answer("fetch", b'{"ok": false, "code": "update.hash_mismatch", "detail": "x"}\n', b"", 1)
+    assert caught.value.code == "update.hash_mismatch"
+
+
+# --- the engine's process
+
+
+def heard(bench: Bench, kind: type, timeout_s: float = 30.0) -> events.Event:
+    while True:
+        event = bench.box.get(timeout=timeout_s)
+        if isinstance(event, kind) or (
+            isinstance(event, events.EngineSaid) and isinstance(event.message, kind)
+        ):
+            return event
+
+
+def test_an_engine_that_dies_or_hangs_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_process, "SILENCE_S", 0.5)
+    bench.engine.start()
+    try:
+        first = heard(bench, Hello)
+        assert isinstance(first, events.EngineSaid)
+        assert isinstance(first.message, Hello)
+        assert bench.engine.send(Configure(()))
+        os.kill(first.message.pid, signal.SIGKILL)
+        second = heard(bench, Hello)
+        assert isinstance(second, events.EngineSaid)
+        assert isinstance(second.message, Hello)
+        assert second.message.pid != first.message.pid
+        bench.engine.lanes = 1
+        os.kill(second.message.pid, signal.SIGSTOP)
+        third = heard(bench, Hello)
+        assert isinstance(third, events.EngineSaid)
+        assert isinstance(third.message, Hello)
+        assert third.message.pid not in {first.message.pid, second.message.pid}
+    finally:
+        bench.engine.leave(keep_engine=False)
+        bench.engine.join()
+    assert not engine_process.is_engine(third.message.pid)
