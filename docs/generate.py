@@ -1,11 +1,18 @@
 """Write the parts of the documentation that are made from code. Run by ``make docs``."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import yaml
 
 from contract import asyncapi
 from contract.errors import ERRORS
+from contract.messages import AssignmentState
+from control_plane.core import assignment, rollout
+from control_plane.core.diagrams import mermaid
+from control_plane.core.policy import Guardrails, Policy
 
 DOCS = Path(__file__).parent
 
@@ -32,7 +39,51 @@ def errors_markdown() -> str:
     return "\n".join([*head, *rows]) + "\n"
 
 
-GENERATED = {"asyncapi.yaml": asyncapi_yaml, "errors.md": errors_markdown}
+ROLLOUTS_HEAD = """\
+# Rollouts
+
+A rollout brings one version of one model to devices, by stages. At each stage canaries activate the version, and
+controls, chosen at random from the same strata, restart their own at the same moment. Guardrails halt at once;
+the gate halts when harm above the policy's `minimum_harm` is shown, advances when harm of the `margin` is
+refuted in every metric, and holds otherwise. A hold past `max_soak_buckets` waits for a person.
+
+`pithead rollouts plan` says beforehand what the gate can find with so many devices, `why` what keeps a device
+from its update, and `replay` runs the same gate on a recorded trace.
+"""
+
+
+def rollouts_markdown() -> str:
+    """Return ``docs/rollouts.md`` as it should be: the states, drawn from their tables, and every policy key."""
+    parts = [
+        ROLLOUTS_HEAD,
+        "## States of a rollout",
+        "```mermaid",
+        mermaid(rollout.TRANSITIONS, rollout.RolloutState.DRAFT).rstrip(),
+        "```",
+        "",
+        "## States of a device in a rollout",
+        "```mermaid",
+        mermaid(assignment.TRANSITIONS, AssignmentState.PLANNED).rstrip(),
+        "```",
+        "",
+        "## The default policy",
+        "Every key may be left out; an unknown key is refused by name.",
+        "```json",
+        json.dumps(msgspec.to_builtins(Policy()) | _shown(Policy()), indent=2),
+        "```",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _shown(policy: Policy) -> dict[str, Any]:
+    """Return all keys of ``policy``, those with default values too."""
+    return {name: msgspec.to_builtins(getattr(policy, name)) for name in Policy.__struct_fields__} | {
+        "guardrails": {name: getattr(policy.guardrails, name) for name in Guardrails.__struct_fields__}
+    }
+
+
+GENERATED = {"rollouts.md": rollouts_markdown, "asyncapi.yaml": asyncapi_yaml, "errors.md": errors_markdown}
 
 
 def main() -> None:
