@@ -42,18 +42,19 @@ def errors_markdown() -> str:
 ROLLOUTS_HEAD = """\
 # Rollouts
 
-A rollout brings one version of one model to devices, by stages. At each stage canaries activate the version, and
-controls, chosen at random from the same strata, restart their own at the same moment. Guardrails halt at once;
-the gate halts when harm above the policy's `minimum_harm` is shown, advances when harm of the `margin` is
-refuted in every metric, and holds otherwise. A hold past `max_soak_buckets` waits for a person.
+A rollout brings one version of one model to devices, by stages. At each stage canaries activate the
+version, and controls, chosen at random from the same strata, restart their own at the same moment.
+Guardrails halt at once; the gate halts when harm above the policy's `minimum_harm` is shown, advances
+when harm of the `margin` is refuted in every metric, and holds otherwise. A hold past
+`max_soak_buckets` waits for a person.
 
-`pithead rollouts plan` says beforehand what the gate can find with so many devices, `why` what keeps a device
-from its update, and `replay` runs the same gate on a recorded trace.
+`pithead rollouts plan` says beforehand what the gate can find with so many devices, `why` what keeps
+a device from its update, and `replay` runs the same gate on a recorded trace.
 """
 
 
 def rollouts_markdown() -> str:
-    """Return ``docs/rollouts.md`` as it should be: the states, drawn from their tables, and every policy key."""
+    """Return ``docs/rollouts.md`` as it should be: states from their tables, and every policy key."""
     parts = [
         ROLLOUTS_HEAD,
         "## States of a rollout",
