@@ -33,6 +33,7 @@ def test_the_demo_goes_to_its_end(tmp_path: Path):
     assert not left_over.stdout, "processes of the demo are still running"
 
 
+@pytest.mark.e2e
 def test_a_data_directory_in_use_is_refused(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("keep")
     done = subprocess.run(
