@@ -65,6 +65,8 @@ class Behaviour:
     latency_us: float = 150.0
     error_rate: float = 0.0
     refuse: str | None = None
+    refusing: frozenset[str] | None = None
+    """Who refuses; all when None."""
     fail_trial: str | None = None
     dies_after_s: float | None = None
 
@@ -210,7 +212,7 @@ class Fleet:
         key = (wanted.version, wanted.attempt)
         if key in device.rejected:
             return
-        if behaviour.refuse:
+        if behaviour.refuse and (behaviour.refusing is None or device.id in behaviour.refusing):
             device.rejected.add(key)
             self._tell(tx, device, wanted, S.REFUSED, behaviour.refuse, Aftermath.NO_CHANGE)
             return

@@ -86,3 +86,12 @@ def test_diagrams_show_every_change():
                     x for x in drawn.splitlines() if x.startswith(f"    {state.name} --> {target.name}:")
                 )
                 assert event.value in line
+
+
+def test_a_line_is_drawn_as_one_box_and_names_its_exceptions():
+    drawn = mermaid(assignment.TRANSITIONS, AssignmentState.PLANNED, PROGRESS)
+    assert "        READY --> SHADOWING" in drawn
+    assert "    UNDER_WAY --> ROLLED_BACK: rolled_back\n" in drawn
+    assert "    UNDER_WAY --> REFUSED: refused (not from SOAKING or CONFIRMED)\n" in drawn
+    assert "    UNREACHED --> UNDER_WAY: offered, reported\n" in drawn
+    assert len(drawn.splitlines()) < 40

@@ -85,6 +85,7 @@ def read(lines: Iterable[str]) -> Trace:
 def _trace(blocks: list[tuple[int, Header, list[list[float | None]]]]) -> Trace:
     _, first, rows = blocks[0]
     devices = tuple(str(device) for device in first.devices)
+    treated = _treated(blocks[0][0], first, devices)
     series: dict[str, Floats] = {}
     directions: dict[str, bool] = {}
     for number, header, values in blocks:
@@ -108,7 +109,7 @@ def _trace(blocks: list[tuple[int, Header, list[list[float | None]]]]) -> Trace:
     evidence = Evidence(
         seed=first.seed,
         devices=devices,
-        treated=_treated(blocks[0][0], first, devices),
+        treated=treated,
         strata=tuple(str(s) for s in first.strata) if first.strata is not None else ("all",) * len(devices),
         pre=first.activated_at,
         series=series,
