@@ -1,6 +1,7 @@
 """A simulated fleet: it reads the real desired documents and writes real receipts and summaries."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -327,3 +328,22 @@ def fleet(make_fleet: Callable[..., Fleet]) -> Fleet:
     made = make_fleet()
     made.install()
     return made
+
+
+@pytest.fixture
+def policy() -> dict[str, Any]:
+    """The policy of these tests, to be changed at will."""
+    return dict(POLICY)
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Path:
+    """The same as TOML."""
+    lines = [f"{name} = {value}" for name, value in POLICY.items() if not isinstance(value, list)]
+    for name in ("stages", "metrics"):
+        for entry in POLICY[name]:
+            lines.append(f"[[{name}]]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in entry.items()]
+    path = tmp_path / "policy.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
