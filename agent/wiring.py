@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import fcntl
 import importlib.metadata
 import json
@@ -241,6 +242,7 @@ def spare_memory() -> None:
 def run(layout: Layout) -> None:
     """Run the supervisor until SIGTERM or SIGINT; SIGHUP ends it and leaves the engine in service."""
     spare_memory()
+    faulthandler.enable()
     with supervisor(layout) as running:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: running.stop())

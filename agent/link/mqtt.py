@@ -30,6 +30,7 @@ WINDOW: Final = 8
 SESSION_EXPIRY_S: Final = 7 * 24 * 3600
 MAX_DOWN: Final = 64 * 1024
 STOP_S: Final = 2.0
+LOOP_S: Final = 1.0
 _new_properties: Callable[[int], Properties] = Properties
 
 
@@ -97,6 +98,9 @@ class MqttLink:
         self._client.on_disconnect = self._disconnected
         self._client.on_message = self._message
         self._client.on_publish = self._published
+        # With this paho leaves all writing to the link's thread. Otherwise `publish` would write in its
+        # caller's thread while this one reads, and OpenSSL corrupts its memory when both use one connection.
+        self._client.on_socket_register_write = _leave_it_to_the_loop
         if tls is not None:
             self._client.tls_set_context(tls)
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
@@ -154,7 +158,8 @@ class MqttLink:
             try:
                 self._set_will()
                 self._client.reconnect()
-                self._client.loop_forever()
+                while self._client.loop(LOOP_S) == mqtt.MQTT_ERR_SUCCESS:
+                    pass
                 detail = self._reason
             except OSError as error:
                 detail = str(error) or type(error).__name__
@@ -245,3 +250,7 @@ class MqttLink:
             log.warning("mqtt.malformed", extra={"facts": {"topic": message.topic, "detail": error.detail}})
             return
         self._on_event(event)
+
+
+def _leave_it_to_the_loop(_client: mqtt.Client, _data: Any, _socket: Any) -> None:
+    """Do nothing: the loop is woken and writes."""

@@ -185,6 +185,30 @@ def test_a_broker_that_is_down_at_start_is_found_later(broker: Broker, device: D
     wait_until(lambda: len(device.saw(Connected)) == 2, "the second connection")
 
 
+def test_only_the_link_s_thread_touches_the_connection(
+    broker: Broker, device: Device, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
+):
+    """OpenSSL does not stand two threads on one connection: a write beside a read corrupts the heap."""
+    broker.start()
+    threads: set[str] = set()
+    write = device.link._client.loop_write
+
+    def recorded(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return write(*arguments)
+
+    monkeypatch.setattr(device.link._client, "loop_write", recorded)
+    device.link.start()
+    wait_until(lambda: device.link.online, "the connection")
+    with control_plane(broker.port) as plane:
+        begun = time.monotonic()
+        assert device.link.publish(topics.records(DEVICE, PriorityClass.HEALTH), b"[]", codec.JSON)
+        plane.next("health")
+        assert time.monotonic() - begun < 0.5  # the thread is woken, it does not merely look by chance
+    device.link.stop()
+    assert threads == {"mqtt"}
+
+
 def test_acks_and_hints_arrive_also_those_sent_while_away(broker: Broker, device: Device, wait_until: Wait):
     broker.start()
     device.link.start()
