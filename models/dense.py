@@ -158,7 +158,8 @@ def quantise_network(network: Network, calibration: Floats) -> QuantisedNetwork:
 def _range(values: Floats) -> tuple[float, int]:
     """Return (scale, zero point) of the int8 range that covers ``values`` and 0."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    scale = _rounded(max(high - low, 1e-6) / 255)
+    # The floor keeps the scales of an always silent layer within what int32 biases and kernels hold.
+    scale = _rounded(max(high - low, 1e-2) / 255)
     return scale, int(np.clip(round(-128 - low / scale), -128, 127))
 
 

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MOST_STEPS: Final = 8
 """Steps of one rollout in one tick."""
+MOST_VERDICTS: Final = 64
+"""More than one stage can have after its halt."""
 _WATCHED: Final = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
 _SERVING: Final = ON_NEW_VERSION | {AssignmentState.READY}
 
@@ -142,7 +144,7 @@ class Progress:
                 record.policy.guardrails,
                 [_device_facts(record, m, facts.recent.get(m.device_id)) for m in members],
             ),
-            verdict=_standing(store.verdicts(tx, record.id), record),
+            verdict=_standing(store.verdicts(tx, record.id, newest_only=MOST_VERDICTS), record),
         )
 
     def _look(self, rollout_id: str, now: int) -> bool:

@@ -20,7 +20,7 @@ RECIPES: Final = {"1.0.0": "baseline", "2.0.0": "wider", "3.0.0": "one-regime", 
 ENDED: Final = frozenset({"succeeded", "rolled_back", "aborted"})
 WAITS_FOR_A_PERSON: Final = frozenset({"held", "coverage"})
 GOOD_AGREEMENT: Final = 0.9
-STEP_TIMEOUT_S: Final = 90.0
+STEP_TIMEOUT_S: Final = 180.0
 ROLLOUT_TIMEOUT_S: Final = 240.0
 
 

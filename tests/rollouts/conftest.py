@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,10 +310,21 @@ class Fleet:
         ingest.insert_records(tx, [(envelope, self.now)])
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    found = Database(f"sqlite:///{tmp_path / 'pithead.db'}")
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite database of the newest schema, to be copied."""
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    found = Database(f"sqlite:///{path}")
     found.migrate()
+    found.close()
+    return path
+
+
+@pytest.fixture
+def database(tmp_path: Path, migrated_file: Path) -> Iterator[Database]:
+    path = tmp_path / "pithead.db"
+    shutil.copy(migrated_file, path)
+    found = Database(f"sqlite:///{path}")
     yield found
     found.close()
 
