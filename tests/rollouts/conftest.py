@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlmodel import Session
 
 from contract.messages import (
     Aftermath,
     AssignmentState,
+    Desired,
     Envelope,
     ModelAssignment,
     ModelSummary,
@@ -24,9 +24,9 @@ from contract.messages import (
     Role,
 )
 from contract.sketch import SketchBuilder
-from control_plane.services import desired
 from control_plane.services.rollouts import NewRollout, Rollouts
 from control_plane.services.rollouts_worker import Progress
+from control_plane.store import desired as desired_store
 from control_plane.store import devices as device_store
 from control_plane.store import ingest, registry
 from control_plane.store.database import Database
@@ -99,6 +99,7 @@ class Fleet:
         self.database = database
         self.now = START
         self.windows = windows
+        self.sent: list[tuple[Envelope, int]] = []
         self.behaviours: dict[str, Behaviour] = {}
         ids = itertools.count(1)
         self.rollouts = Rollouts(database, lambda: self.now, lambda: f"rollout-{next(ids):04d}")
@@ -173,9 +174,12 @@ class Fleet:
         while self.now < end:
             self.now += round(tick_s * SECOND)
             with self.database.transaction() as tx:
+                wanted = {document.device: document for document in desired_store.read_all(tx)}
                 for device in self.devices:
-                    if device.online:
-                        self._live(tx, device)
+                    if device.online and device.id in wanted:
+                        self._live(device, wanted[device.id])
+                ingest.insert_records(tx, self.sent)
+                self.sent.clear()
             self.worker.tick(self.now)
 
     def run_until(self, rollout_id: str, states: set[str], seconds: float) -> str:
@@ -195,52 +199,50 @@ class Fleet:
             counts[version] = counts.get(version, 0) + 1
         return counts
 
-    def _live(self, tx: Session, device: SimDevice) -> None:
-        document = desired.read(tx, device.id)
+    def _live(self, device: SimDevice, document: Desired) -> None:
         bucket_us = round(document.reporting.bucket_s * SECOND)
         for wanted in [m for m in document.models if m.model_name == MODEL]:
-            self._toward(tx, device, wanted, round(document.reporting.trial_s * SECOND))
+            self._toward(device, wanted, round(document.reporting.trial_s * SECOND))
         if not document.models:
             device.active = None
         local = self.now + device.clock_offset_us
         if device.next_bucket == 0:
             device.next_bucket = local - local % bucket_us
         while device.next_bucket + bucket_us <= local - SECOND // 5:
-            self._summary(tx, device, device.next_bucket, bucket_us / SECOND)
+            self._summary(device, device.next_bucket, bucket_us / SECOND)
             device.next_bucket += bucket_us
 
-    def _toward(self, tx: Session, device: SimDevice, wanted: ModelAssignment, trial_us: int) -> None:
+    def _toward(self, device: SimDevice, wanted: ModelAssignment, trial_us: int) -> None:
         behaviour = self.behaviours[wanted.version]
         key = (wanted.version, wanted.attempt)
         if key in device.rejected:
             return
         if behaviour.refuse and (behaviour.refusing is None or device.id in behaviour.refusing):
             device.rejected.add(key)
-            self._tell(tx, device, wanted, S.REFUSED, behaviour.refuse, Aftermath.NO_CHANGE)
+            self._tell(device, wanted, S.REFUSED, behaviour.refuse, Aftermath.NO_CHANGE)
             return
         if wanted.role is not Role.ACTIVE:
             for state in (S.ACKNOWLEDGED, S.FETCHING, S.VERIFIED, S.READY):
-                self._tell(tx, device, wanted, state)
+                self._tell(device, wanted, state)
             return
         if device.active is None or device.active.activation < wanted.activation:
             if device.active is not None and device.active.version != wanted.version:
                 device.previous = device.active
             device.active = wanted
             device.activated_at = self.now
-            self._tell(tx, device, wanted, S.ACTIVATING)
+            self._tell(device, wanted, S.ACTIVATING)
             return
         if self.now - device.activated_at < trial_us / 2:
-            self._tell(tx, device, wanted, S.SOAKING)
+            self._tell(device, wanted, S.SOAKING)
         elif behaviour.fail_trial and device.active == wanted:
             device.rejected.add(key)
             device.active = device.previous
-            self._tell(tx, device, wanted, S.ROLLED_BACK, behaviour.fail_trial, Aftermath.ROLLED_BACK)
+            self._tell(device, wanted, S.ROLLED_BACK, behaviour.fail_trial, Aftermath.ROLLED_BACK)
         else:
-            self._tell(tx, device, wanted, S.CONFIRMED)
+            self._tell(device, wanted, S.CONFIRMED)
 
     def _tell(
         self,
-        tx: Session,
         device: SimDevice,
         wanted: ModelAssignment,
         state: AssignmentState,
@@ -263,9 +265,9 @@ class Fleet:
             code=code,
             aftermath=aftermath,
         )
-        self._send(tx, device, PriorityClass.RECEIPT, body)
+        self._send(device, PriorityClass.RECEIPT, body)
 
-    def _summary(self, tx: Session, device: SimDevice, start: int, bucket_s: float) -> None:
+    def _summary(self, device: SimDevice, start: int, bucket_s: float) -> None:
         if device.active is None:
             return
         behaviour = self.behaviours[device.active.version]
@@ -290,11 +292,9 @@ class Fleet:
             activation=device.active.activation,
             latency_us=latency.build(),
         )
-        self._send(tx, device, PriorityClass.SUMMARY, body)
+        self._send(device, PriorityClass.SUMMARY, body)
 
-    def _send(
-        self, tx: Session, device: SimDevice, priority: PriorityClass, body: Receipt | ModelSummary
-    ) -> None:
+    def _send(self, device: SimDevice, priority: PriorityClass, body: Receipt | ModelSummary) -> None:
         device.seq[priority] = device.seq.get(priority, 0) + 1
         envelope = Envelope(
             v=1,
@@ -307,7 +307,7 @@ class Fleet:
             t_mono=self.now,
             body=body,
         )
-        ingest.insert_records(tx, [(envelope, self.now)])
+        self.sent.append((envelope, self.now))
 
 
 @pytest.fixture(scope="session")
