@@ -99,7 +99,7 @@ def test_every_verdict_can_be_made_again_from_what_was_kept(fleet: Any):
         assert msgspec.json.decode(msgspec.json.encode(again.looks[-1])) == verdict.numbers["look"]
         found = trace.read(fleet.rollouts.trace(rollout, verdict.id).decode().splitlines())
         assert sum(found.evidence.treated) == 3
-        assert found.evidence.pre == 20
+        assert found.evidence.pre == verdict.numbers["pre_buckets"] >= 10
 
 
 def test_harm_that_comes_late_halts_a_later_stage(fleet: Any):
