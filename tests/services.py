@@ -244,6 +244,7 @@ class Connection:
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
+        self.client.on_message = self.client.on_disconnect = self.client.on_subscribe = None  # no circle
 
     def subscribe(self, topic: str) -> None:
         done: list[bool] = []

@@ -129,6 +129,9 @@ class MqttLink:
         self._client.disconnect()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
+        # A client that nothing ties into a circle closes all of its sockets as soon as it is let go.
+        self._client.on_connect = self._client.on_disconnect = None
+        self._client.on_message = self._client.on_publish = None
 
     def publish(self, topic: str, payload: bytes, content_type: str) -> bool:
         """Hand a message over at QoS 1; False when there is no connection or no room in the window."""

@@ -101,6 +101,9 @@ class Ingest:
         self._thread.join()
         self._client.disconnect()
         self._client.loop_stop()
+        # A client that nothing ties into a circle closes all of its sockets as soon as it is let go.
+        self._client.on_connect = self._client.on_connect_fail = None
+        self._client.on_disconnect = self._client.on_message = None
 
     @property
     def connected(self) -> bool:

@@ -106,6 +106,7 @@ class ControlPlane:
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
+        self.client.on_message = self.client.on_subscribe = None  # no circle: its sockets close at once
 
 
 @contextlib.contextmanager

@@ -208,6 +208,8 @@ class MqttSource:
         """See ``Source``."""
         self._closing = True
         self._thread.join(2 * LOOP_S)
+        # A client that nothing ties into a circle closes all of its sockets as soon as it is let go.
+        self._client.on_connect = self._client.on_subscribe = self._client.on_message = None
 
     def _failure(self, problem: str) -> PitheadError:
         return PitheadError("source.failed", f"mqtt {self._given.host}:{self._port}: {problem}")
