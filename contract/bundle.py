@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from contract.messages import Micros, Sha256
+from contract.messages import NO_NUL, Label, Micros, Sha256
 
 CA_PATH = "/device/v1/ca"
 ENROL_PATH = "/device/v1/enrol"
@@ -41,19 +41,19 @@ class Bundle(Struct, frozen=True):
 class DeviceFacts(Struct, frozen=True, omit_defaults=True):
     """What a device says of itself when it enrols. Used to choose variants and strata, never to authorise."""
 
-    hardware: Annotated[str, Meta(max_length=64)] = "unknown"
-    arch: Annotated[str, Meta(max_length=32)] = "unknown"
-    accelerators: tuple[str, ...] = ("cpu",)
-    agent_version: Annotated[str, Meta(max_length=64)] = ""
-    name: Annotated[str, Meta(max_length=64)] = ""
+    hardware: Annotated[str, Meta(max_length=64, pattern=NO_NUL)] = "unknown"
+    arch: Annotated[str, Meta(max_length=32, pattern=NO_NUL)] = "unknown"
+    accelerators: Annotated[tuple[Label, ...], Meta(max_length=100)] = ("cpu",)
+    agent_version: Annotated[str, Meta(max_length=64, pattern=NO_NUL)] = ""
+    name: Annotated[str, Meta(max_length=64, pattern=NO_NUL)] = ""
     """A name that the technician gives, to be shown beside the id."""
 
 
 class EnrolRequest(Struct, frozen=True):
     """A join token and a PKCS#10 request (PEM). The subject of the request is ignored."""
 
-    token: Annotated[str, Meta(max_length=256)]
-    csr: Annotated[str, Meta(max_length=8192)]
+    token: Annotated[str, Meta(max_length=256, pattern=NO_NUL)]
+    csr: Annotated[str, Meta(max_length=8192, pattern=NO_NUL)]
     facts: DeviceFacts
 
 

@@ -210,9 +210,9 @@ class PitheadError(Exception):
     def __init__(self, code: str, detail: str = "", **facts: object) -> None:
         self.spec = ERRORS[code]
         self.code = code
-        self.detail = detail
+        self.detail = detail.replace("\0", "\\0")  # foreign words; no database and no message takes a NUL
         self.facts = facts
-        super().__init__(f"{code}: {detail or self.spec.summary}")
+        super().__init__(f"{code}: {self.detail or self.spec.summary}")
 
     @property
     def retryable(self) -> bool:

@@ -3,6 +3,9 @@
 All times are integer microseconds since 1970-01-01 UTC, all durations say
 their unit in the name. An unknown field is ignored, so that an older side
 can read a newer one; a wrong one is refused with its path (``contract.codec``).
+
+Every number, text and list is bounded: what decodes can be calculated with
+and stored, so that no device can stop the ingest of all the others.
 """
 
 import enum
@@ -13,16 +16,37 @@ from msgspec import Meta, Struct
 
 PROTOCOL_VERSION: Final = 1
 
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+END: Final = r"$(?!\n)"
+"""End of a pattern: Python's ``$`` alone would let a newline follow, and JSON Schema has no other."""
+NO_NUL: Final = r"^(?![\s\S]*\x00)"
+"""Pattern of a text that every database can hold."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*" + END)]
 """Name of a model, a variant, a binding or a channel's machine name."""
-Version = Annotated[str, Meta(min_length=5, max_length=64, pattern=r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?$")]
+Version = Annotated[
+    str,
+    Meta(min_length=5, max_length=64, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+([-+][0-9A-Za-z.+-]+)?" + END),
+]
 """SemVer, for people; machines compare ``release_counter``."""
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-DeviceId = Annotated[str, Meta(min_length=8, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]+[a-z0-9]$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}" + END)]
+DeviceId = Annotated[str, Meta(min_length=8, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]+[a-z0-9]" + END)]
 Micros = Annotated[int, Meta(ge=0, le=2**62)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-ErrorCode = Annotated[str, Meta(max_length=64, pattern=r"^[a-z_]+\.[a-z_]+$")]
-Text = Annotated[str, Meta(max_length=2000)]
+Real = Annotated[float, Meta(ge=-1e300, le=1e300)]
+"""A finite number, far enough from the largest that sums of it are finite too."""
+ErrorCode = Annotated[str, Meta(max_length=64, pattern=r"^[a-z_]+\.[a-z_]+" + END)]
+Text = Annotated[str, Meta(max_length=2000, pattern=NO_NUL)]
+Label = Annotated[str, Meta(max_length=200, pattern=NO_NUL)]
+"""A short text that somebody else chose: an id, a kind of hardware, a version of a program."""
+
+MAX_BINS: Final = 4096
+"""Bins of one half of a sketch."""
+BinIndex = Annotated[int, Meta(ge=-(2**22), le=2**22)]
+"""At the finest accuracy the bin of the largest number is about 3.6 million."""
+Bins = Annotated[dict[BinIndex, Count], Meta(max_length=MAX_BINS)]
+MAX_LISTED: Final = 1000
+"""Entries of a list that a device or an operator can make longer."""
+Fact = Text | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Real | bool | None
 
 
 class PriorityClass(enum.Enum):
@@ -66,14 +90,14 @@ class Aftermath(enum.Enum):
 class Sketch(Struct, frozen=True, omit_defaults=True):
     """A mergeable quantile sketch; see ``contract.sketch`` for its meaning and its error."""
 
-    accuracy: float
-    bins: dict[int, Count] = {}
-    negative: dict[int, Count] = {}
+    accuracy: Annotated[float, Meta(ge=0.0001, le=0.5)]
+    bins: Bins = {}
+    negative: Bins = {}
     zeros: Count = 0
     count: Count = 0
-    total: float = 0.0
-    minimum: float | None = None
-    maximum: float | None = None
+    total: Real = 0.0
+    minimum: Real | None = None
+    maximum: Real | None = None
 
 
 # --------------------------------------------------------------- device -> control plane
@@ -87,11 +111,11 @@ class Receipt(Struct, frozen=True, omit_defaults=True, tag="receipt"):
     state: AssignmentState
     activation: Count = 0
     attempt: Count = 0
-    rollout: str | None = None
+    rollout: Label | None = None
     code: ErrorCode | None = None
     detail: Text = ""
     aftermath: Aftermath | None = None
-    facts: dict[str, str | int | float | bool | None] = {}
+    facts: Annotated[dict[Label, Fact], Meta(max_length=100)] = {}
 
 
 class VersionInSlot(Struct, frozen=True, omit_defaults=True):
@@ -100,7 +124,7 @@ class VersionInSlot(Struct, frozen=True, omit_defaults=True):
     version: Version
     digest: Sha256
     variant: Name | None = None
-    accelerator: str | None = None
+    accelerator: Label | None = None
 
 
 class RejectedVersion(Struct, frozen=True, omit_defaults=True):
@@ -123,7 +147,7 @@ class ReportedModel(Struct, frozen=True, omit_defaults=True):
     activation: Count = 0
     trial: bool = False
     lane: Literal["none", "loading", "calibrating", "running", "failed"] = "none"
-    rejected: tuple[RejectedVersion, ...] = ()
+    rejected: Annotated[tuple[RejectedVersion, ...], Meta(max_length=MAX_LISTED)] = ()
     code: ErrorCode | None = None
     detail: Text = ""
 
@@ -133,12 +157,12 @@ class Reported(Struct, frozen=True, omit_defaults=True, tag="reported"):
 
     revision: Count
     """Revision of the desired document that this answers."""
-    models: tuple[ReportedModel, ...] = ()
-    agent_version: str = ""
-    hardware: str = ""
-    arch: str = ""
-    accelerators: tuple[str, ...] = ()
-    runtimes: dict[str, str] = {}
+    models: Annotated[tuple[ReportedModel, ...], Meta(max_length=MAX_LISTED)] = ()
+    agent_version: Label = ""
+    hardware: Label = ""
+    arch: Label = ""
+    accelerators: Annotated[tuple[Label, ...], Meta(max_length=100)] = ()
+    runtimes: Annotated[dict[Label, Label], Meta(max_length=100)] = {}
     update_code: ErrorCode | None = None
     """Why the newest desired document could not be taken, if so."""
     update_detail: Text = ""
@@ -151,14 +175,14 @@ class Anomaly(Struct, frozen=True, omit_defaults=True, tag="anomaly"):
     version: Version
     t: Micros
     """When the window ended, by the source's clock."""
-    score: float
-    threshold: float
+    score: Real
+    threshold: Real
     variant: Name | None = None
-    source: str = ""
+    source: Label = ""
     """Which source it came from."""
-    source_ref: str | None = None
+    source_ref: Label | None = None
     """Where in the source, for example a row of a replayed file."""
-    contributions: dict[str, float] = {}
+    contributions: Annotated[dict[Label, Real], Meta(max_length=4096)] = {}
     """Share of the score by channel; the shares add up to 1."""
 
 
@@ -167,24 +191,24 @@ class OutboxHealth(Struct, frozen=True, omit_defaults=True):
 
     records: Count
     bytes: Count
-    lost: dict[str, Count] = {}
+    lost: Annotated[dict[Label, Count], Meta(max_length=100)] = {}
     """Records given up so far, by priority class."""
 
 
 class Health(Struct, frozen=True, omit_defaults=True, tag="health"):
     """How the device itself is."""
 
-    uptime_s: float
-    cpu_percent: float
-    memory_percent: float
+    uptime_s: Real
+    cpu_percent: Real
+    memory_percent: Real
     agent_pss_bytes: Count
     disk_free_bytes: Count
     outbox: OutboxHealth
-    temperature_c: float | None = None
+    temperature_c: Real | None = None
     engine_restarts: Count = 0
-    connected_s: float | None = None
-    clock_offset_s: float | None = None
-    load_1: float | None = None
+    connected_s: Real | None = None
+    clock_offset_s: Real | None = None
+    load_1: Real | None = None
 
 
 class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
@@ -193,7 +217,7 @@ class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
     model_name: Name
     version: Version
     bucket_start: Micros
-    bucket_s: float
+    bucket_s: Annotated[float, Meta(gt=0, le=86400)]
     count: Count
     """Windows scored."""
     errors: Count = 0
@@ -204,7 +228,7 @@ class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
     """Alarms for which no ``Anomaly`` was sent, since there were too many at once."""
     activation: Count = 0
     variant: Name | None = None
-    accelerator: str | None = None
+    accelerator: Label | None = None
     latency_us: Sketch | None = None
     score: Sketch | None = None
     queue: Count = 0
@@ -220,12 +244,12 @@ class Envelope(Struct, frozen=True, omit_defaults=True, rename={"priority": "cla
     when the outbox was lost. (device, epoch, class, seq) is unique for ever.
     """
 
-    v: int
+    v: Count
     device: DeviceId
     priority: PriorityClass
-    epoch: Annotated[str, Meta(min_length=1, max_length=64)]
+    epoch: Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)]
     seq: Annotated[int, Meta(ge=1, le=2**62)]
-    boot_id: str
+    boot_id: Label
     t_wall: Micros
     t_mono: Micros
     body: Body
@@ -237,10 +261,10 @@ class Envelope(Struct, frozen=True, omit_defaults=True, rename={"priority": "cla
 class Status(Struct, frozen=True, omit_defaults=True):
     """Retained presence; the will says ``online`` = false."""
 
-    v: int
+    v: Count
     device: DeviceId
     online: bool
-    boot_id: str
+    boot_id: Label
     t_wall: Micros
 
 
@@ -250,16 +274,16 @@ class Status(Struct, frozen=True, omit_defaults=True):
 class AckRange(Struct, frozen=True, omit_defaults=True, rename={"priority": "class"}):
     """What is committed of one (epoch, class): all up to ``prefix``, and the closed ``ranges``."""
 
-    epoch: str
+    epoch: Label
     priority: PriorityClass
     prefix: Count
-    ranges: tuple[tuple[int, int], ...] = ()
+    ranges: tuple[tuple[Count, Count], ...] = ()
 
 
 class Ack(Struct, frozen=True, omit_defaults=True):
     """The device may delete these records: they are stored, or refused for good."""
 
-    v: int
+    v: Count
     device: DeviceId
     acks: tuple[AckRange, ...]
 
@@ -267,7 +291,7 @@ class Ack(Struct, frozen=True, omit_defaults=True):
 class DesiredHint(Struct, frozen=True, omit_defaults=True):
     """A hint that the bundle changed. Never an order: the signed metadata decides."""
 
-    v: int
+    v: Count
     device: DeviceId
     version: Count
     sha256: Sha256
@@ -287,7 +311,7 @@ class ModelAssignment(Struct, frozen=True, omit_defaults=True):
     model_name: Name
     version: Version
     role: Role
-    manifest_path: str
+    manifest_path: Text
     """Target path of the manifest, the same in both repositories."""
     manifest_sha256: Sha256
     manifest_length: Count
@@ -296,7 +320,7 @@ class ModelAssignment(Struct, frozen=True, omit_defaults=True):
     """A higher number activates again, even the same version (sham restart)."""
     attempt: Count = 0
     """A higher number allows a rejected version once more."""
-    rollout: str | None = None
+    rollout: Label | None = None
 
 
 class Reporting(Struct, frozen=True, omit_defaults=True):
@@ -311,9 +335,9 @@ class Reporting(Struct, frozen=True, omit_defaults=True):
 class Desired(Struct, frozen=True, omit_defaults=True):
     """What a device shall be: the director's signed assignment (``custom`` of ``devices/<id>``)."""
 
-    v: int
+    v: Count
     device: DeviceId
     revision: Count
-    models: tuple[ModelAssignment, ...] = ()
+    models: Annotated[tuple[ModelAssignment, ...], Meta(max_length=MAX_LISTED)] = ()
     reporting: Reporting = msgspec.field(default_factory=Reporting)
-    agent_version: str | None = None
+    agent_version: Label | None = None

@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterable
 from typing import Final
 
-from contract.messages import Sketch
+from contract.messages import MAX_BINS, Sketch
 
 ACCURACY: Final = 0.01
 SMALLEST: Final = 1e-9
 """Magnitudes below this count as zero."""
+_LARGEST_LOG: Final = 690.0
+"""Log of about 1e300; a bin beyond counts as that."""
 
 
 class SketchBuilder:
@@ -65,17 +67,27 @@ class SketchBuilder:
             self._maximum = max(self._maximum, other.maximum)
 
     def build(self) -> Sketch:
-        """Return what was collected so far."""
+        """Return what was collected; beyond ``MAX_BINS`` bins those nearest to zero are put together."""
         return Sketch(
             accuracy=self.accuracy,
-            bins=dict(self._bins),
-            negative=dict(self._negative),
+            bins=_collapsed(self._bins),
+            negative=_collapsed(self._negative),
             zeros=self._zeros,
             count=self._count,
             total=self._total,
             minimum=self._minimum if self._count else None,
             maximum=self._maximum if self._count else None,
         )
+
+
+def _collapsed(bins: dict[int, int]) -> dict[int, int]:
+    """Return ``bins`` with the lowest ones put together, as the paper does, where there are too many."""
+    if len(bins) <= MAX_BINS:
+        return dict(bins)
+    order = sorted(bins)
+    kept = {index: bins[index] for index in order[-MAX_BINS:]}
+    kept[order[-MAX_BINS]] += sum(bins[index] for index in order[:-MAX_BINS])
+    return kept
 
 
 def merge(sketches: Iterable[Sketch], accuracy: float = ACCURACY) -> Sketch:
@@ -100,17 +112,22 @@ def quantile(sketch: Sketch, q: float) -> float | None:
 
 
 def _at_rank(sketch: Sketch, rank: float) -> float:
-    gamma = (1 + sketch.accuracy) / (1 - sketch.accuracy)
+    log_gamma = math.log((1 + sketch.accuracy) / (1 - sketch.accuracy))
     seen = 0
     for index in sorted(sketch.negative, reverse=True):
         seen += sketch.negative[index]
         if seen > rank:
-            return -2 * gamma**index / (gamma + 1)
+            return -_middle(index, log_gamma)
     seen += sketch.zeros
     if seen > rank:
         return 0.0
     for index in sorted(sketch.bins):
         seen += sketch.bins[index]
         if seen > rank:
-            return 2 * gamma**index / (gamma + 1)
+            return _middle(index, log_gamma)
     return sketch.maximum if sketch.maximum is not None else 0.0
+
+
+def _middle(index: int, log_gamma: float) -> float:
+    """Return 2 gamma^index / (gamma + 1)."""
+    return 2 * math.exp(min(index * log_gamma, _LARGEST_LOG)) / (math.exp(log_gamma) + 1)

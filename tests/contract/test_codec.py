@@ -11,9 +11,28 @@ from hypothesis import strategies as st
 
 from contract import codec
 from contract.errors import PitheadError
-from contract.messages import Anomaly, AssignmentState, Envelope, Health, OutboxHealth, PriorityClass, Receipt
+from contract.messages import (
+    Anomaly,
+    AssignmentState,
+    Envelope,
+    Health,
+    OutboxHealth,
+    PriorityClass,
+    Receipt,
+)
 
 DEVICE = "dev-00000001"
+
+reals = st.floats(-1e300, 1e300)
+
+
+def texts(max_size: int, min_size: int = 0) -> st.SearchStrategy[str]:
+    return st.text(
+        st.characters(exclude_characters="\0", exclude_categories=["Cs"]),
+        min_size=min_size,
+        max_size=max_size,
+    )
+
 
 receipts = st.builds(
     Receipt,
@@ -21,26 +40,26 @@ receipts = st.builds(
     version=st.just("1.2.3"),
     state=st.sampled_from(AssignmentState),
     activation=st.integers(0, 2**40),
-    detail=st.text(max_size=200),
-    facts=st.dictionaries(st.text(max_size=10), st.none() | st.booleans() | st.integers(-(2**50), 2**50)),
+    detail=texts(200),
+    facts=st.dictionaries(texts(10), st.none() | st.booleans() | st.integers(-(2**50), 2**50)),
 )
 anomalies = st.builds(
     Anomaly,
     model_name=st.just("shuttle"),
     version=st.just("1.2.3"),
     t=st.integers(0, 2**60),
-    score=st.floats(allow_nan=False, allow_infinity=False),
-    threshold=st.floats(allow_nan=False, allow_infinity=False),
-    source_ref=st.none() | st.text(max_size=10),
+    score=reals,
+    threshold=reals,
+    source_ref=st.none() | texts(10),
 )
 envelopes = st.builds(
     Envelope,
     v=st.just(1),
     device=st.just(DEVICE),
     priority=st.sampled_from(PriorityClass),
-    epoch=st.text(min_size=1, max_size=8),
+    epoch=texts(8, 1),
     seq=st.integers(1, 2**40),
-    boot_id=st.text(max_size=8),
+    boot_id=texts(8),
     t_wall=st.integers(0, 2**60),
     t_mono=st.integers(0, 2**60),
     body=receipts | anomalies,
@@ -91,6 +110,12 @@ def test_an_unknown_field_is_ignored():
         ("t_wall", -1, "$[0].t_wall"),
         ("body", {"type": "receipt", "model_name": "m", "version": "one"}, "$[0].body.version"),
         ("body", {"type": "telepathy"}, "$[0].body.type"),
+        ("device", "dev-00000001\n", "$[0].device"),
+        ("body", {"type": "receipt", "model_name": "m\n", "version": "1.0.0"}, "$[0].body.model_name"),
+        ("body", {"type": "receipt", "model_name": "m", "version": "1.0.0\n"}, "$[0].body.version"),
+        ("body", {"type": "receipt", "model_name": "m", "version": "\uff11.0.0"}, "$[0].body.version"),
+        ("boot_id", "no database\0 takes this", "$[0].boot_id"),
+        ("v", 10**30, "$[0].v"),
     ],
 )
 def test_a_wrong_field_is_refused_with_its_path(field: str, value: object, path: str):
@@ -129,3 +154,7 @@ def test_no_nan_leaves_the_house():
     health = Health(1.0, float("nan"), 1.0, 1, 1, OutboxHealth(0, 0))
     decoded = msgspec.json.decode(codec.encode(health))
     assert decoded["cpu_percent"] is None
+
+
+def test_the_words_of_an_error_can_always_be_stored():
+    assert PitheadError("internal.error", "a\0b").detail == "a\\0b"

@@ -1,5 +1,7 @@
 """The sketch keeps its stated relative error, also after merging."""
 
+import contextlib
+import json
 import math
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contract import codec
-from contract.messages import Sketch
+from contract.errors import PitheadError
+from contract.messages import MAX_BINS, Sketch
 from contract.sketch import ACCURACY, SketchBuilder, merge, quantile
 
 values = st.floats(-1e6, 1e6).filter(lambda x: x == 0 or abs(x) > 1e-6)
@@ -57,3 +60,68 @@ def test_only_finite_values_are_taken(bad: float):
 def test_different_accuracies_do_not_mix():
     with pytest.raises(ValueError, match="accuracy"):
         SketchBuilder(0.01).merge(SketchBuilder(0.02).build())
+
+
+def test_too_many_bins_are_put_together_from_below():
+    numbers = [10.0 ** (n / 20) for n in range(-170, 5800)]
+    sketch = build(numbers)
+    assert len(sketch.bins) == MAX_BINS
+    assert sum(sketch.bins.values()) == sketch.count == len(numbers)
+    assert codec.decode(codec.encode(sketch), Sketch) == sketch
+    got = quantile(sketch, 0.9)
+    assert got is not None
+    assert got == pytest.approx(np.quantile(numbers, 0.9, method="lower"), rel=ACCURACY * 1.001)
+
+
+numbers_of_a_stranger = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.just(1.0)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"accuracy": numbers_of_a_stranger | st.floats(0, 1)},
+        optional={
+            "bins": st.dictionaries(
+                st.integers().map(str) | st.integers(-(2**22), 2**22).map(str), st.integers(0)
+            ),
+            "negative": st.dictionaries(st.integers(-(2**23), 2**23).map(str), st.integers(0, 9)),
+            "zeros": st.integers(0, 2**70),
+            "count": st.integers(0, 2**63),
+            "total": numbers_of_a_stranger,
+            "minimum": numbers_of_a_stranger,
+            "maximum": numbers_of_a_stranger,
+        },
+    ),
+    st.floats(0, 1),
+)
+def test_whatever_decodes_has_finite_quantiles(given: dict[str, object], q: float):
+    """A sketch of a stranger is refused or can be calculated with; it must never stop an ingest."""
+    got: float | None = None
+    with contextlib.suppress(PitheadError):
+        got = quantile(codec.decode(json.dumps(given).encode(), Sketch), q)
+    assert got is None or math.isfinite(got)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"accuracy": 1.0, "bins": {"1": 1}, "count": 1},
+        {"accuracy": 2.0},
+        {"accuracy": -1.0},
+        {"accuracy": 0.01, "bins": {"100000000": 1}},
+        {"accuracy": 0.01, "negative": {"-100000000": 1}},
+        {"accuracy": 0.01, "bins": {str(n): 1 for n in range(MAX_BINS + 1)}},
+        {"accuracy": 0.01, "total": 1e301},
+        {"accuracy": 0.01, "count": 2**63},
+    ],
+)
+def test_a_sketch_that_no_device_makes_is_refused(wrong: dict[str, object]):
+    with pytest.raises(PitheadError, match=r"message\.malformed"):
+        codec.decode(json.dumps(wrong).encode(), Sketch)
+
+
+@pytest.mark.parametrize("index", [-(2**22), 2**22])
+@pytest.mark.parametrize("accuracy", [0.0001, 0.5])
+def test_the_outermost_bins_have_a_value(index: int, accuracy: float):
+    got = quantile(Sketch(accuracy=accuracy, bins={index: 1}, negative={}, count=1), 1.0)
+    assert got is not None
+    assert math.isfinite(got)

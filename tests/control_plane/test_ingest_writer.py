@@ -199,17 +199,27 @@ def test_a_revoked_device_is_heard_no_more(database: Database, writer: Writer) -
     assert (written.records, written.refused, written.acks) == (0, 1, ())
 
 
-def test_a_text_that_the_database_refuses(database: Database, writer: Writer) -> None:
+def test_a_text_that_no_database_takes(database: Database, writer: Writer) -> None:
     """PostgreSQL keeps no NUL. Its neighbours are stored, and the device does not send it for ever."""
     batch = [envelope(anomaly(n, source="a\0b" if n == 2 else "ok"), n) for n in (1, 2, 3)]
     written = writer.write([message(batch), message([envelope(anomaly(9), 1, epoch="other")])])
     assert acked(written)["e1", "anomaly"] == (3, ())
-    if database.is_sqlite:
-        assert scores(database) == [1.0, 2.0, 3.0, 9.0]
-    else:
-        assert scores(database) == [1.0, 3.0, 9.0]
-        (letter,) = dead(database)
-        assert "DataError" in letter.detail
+    assert scores(database) == [1.0, 3.0, 9.0]
+    (letter,) = dead(database)
+    assert letter.code == "message.malformed"
+    assert "$.body.source" in letter.detail
+
+
+def test_a_sketch_that_cannot_be_calculated_with(database: Database, writer: Writer) -> None:
+    """It is refused alone; what other devices sent beside it is stored."""
+    good = summary()
+    assert good.latency_us is not None
+    poison = msgspec.structs.replace(good, latency_us=msgspec.structs.replace(good.latency_us, accuracy=1.0))
+    written = writer.write(
+        [message([envelope(poison, 1)]), message([envelope(anomaly(7), 1, device=OTHER)], device=OTHER)]
+    )
+    assert (written.records, written.refused) == (1, 1)
+    assert acked(written)["e1", "summary"] == (1, ())
 
 
 def test_the_newest_report_wins_whatever_comes_last(database: Database, writer: Writer) -> None:
