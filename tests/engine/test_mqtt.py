@@ -22,6 +22,7 @@ from agent.engine.clock import Clock
 from agent.engine.sources import open_source
 from agent.engine.sources.base import Source
 from agent.engine.sources.mqtt import Rows
+from agent.engine.window import Windower
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
 from tests.engine.conftest import CHANNELS, Engine, free_port, make_package, until
@@ -125,6 +126,7 @@ def test_a_message_is_a_row(broker: Broker, closing: list[Any]):
         b'{"a": "text", "b": 1, "c": 2}',
         b"[1, 2]",
         b"1" * 400,
+        b"[" * 100_000,
         b'{"a": 7, "c": null}',
     ):
         publisher.publish("plant/press", payload, qos=1)
@@ -132,7 +134,24 @@ def test_a_message_is_a_row(broker: Broker, closing: list[Any]):
     assert rows[:2] == [[1, 2.5, 1], [4, 5, 6]]
     assert rows[2][0] == 7
     assert np.isnan(rows[2][1:]).all()
-    assert lost == 4
+    assert lost == 5
+
+
+def test_a_client_that_breaks_is_a_failed_source(
+    broker: Broker, closing: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever goes wrong on the client's thread: the lane must hear of it, and open another."""
+    publisher = broker.publisher()
+    closing.append(publisher)
+    source = opened(broker, closing, ("t",), topic="t")
+
+    def broken(*_: Any) -> None:
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr("agent.engine.sources.mqtt._decoded", broken)
+    publisher.publish("t", b"1", qos=1)
+    with pytest.raises(PitheadError, match=r"source\.failed"):
+        until(lambda: source.poll(1) and None, "never")
 
 
 def test_a_single_value_is_a_row_of_one(broker: Broker, closing: list[Any]):
@@ -157,7 +176,28 @@ def test_each_channel_may_have_its_topic(broker: Broker, closing: list[Any]):
         ("x/c", 6),
     ):
         publisher.publish(topic, str(payload), qos=1)
-    assert received(source, 2) == ([[1, 2, 3], [4, 5, 6]], 1)
+    assert received(source, 2) == ([[1, 2, 3], [4, 5, 6]], 0)
+
+
+def test_topics_at_different_rates_fill_windows():
+    """Twenty values a second beside ten: the slower sets the pace, and no window is lost."""
+    rows, windower = Rows(("fast", "slow"), ("f", "s"), CLOCK), Windower(4, 1, 2)
+    windows = 0
+    for i in range(100):
+        for topic, payload in (("f", b"1"), ("f", b"2"), ("s", b"[[" if i == 50 else b"3")):
+            rows.message(topic, payload)
+        taken, _, gap = rows.take(1000)
+        values = np.array([row for _, row in taken]).reshape(-1, 2)
+        windows += len(windower.push(values, np.ones(len(values), bool), continues=not gap).starts)
+    assert windows == 99 - 3
+
+
+def test_a_message_that_cannot_be_read_is_missing_and_breaks_no_window():
+    rows = Rows(("a",), None, CLOCK)
+    for payload in (b"1", b"?", b"2"):
+        rows.message("t", payload)
+    taken, lost, gap = rows.take(100)
+    assert ([row for _, row in taken], lost, gap) == ([[1], [2]], 1, False)
 
 
 def test_rows_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch):
@@ -165,9 +205,10 @@ def test_rows_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch):
     rows = Rows(("a",), None, CLOCK)
     for i in range(8):
         rows.message("t", str(i).encode())
-    taken, lost = rows.take(100)
+    taken, lost, gap = rows.take(100)
     assert [row for _, row in taken] == [[3], [4], [5], [6], [7]]
-    assert lost == 3
+    assert (lost, gap) == (3, True)
+    assert rows.take(100) == ([], 0, False)
 
 
 def test_a_lane_lives_through_a_broker_that_goes_and_comes(tmp_path: Path, engine: Engine):

@@ -4,7 +4,8 @@ With ``topic`` one message is one row: a JSON object by channel name, a JSON
 list in the order of the channels, or a bare number where there is one
 channel. With ``topics`` each channel has a topic of its own with a bare
 number; a row is complete when every channel has a new value, and a second
-value of a channel before that replaces the first, which is counted as lost.
+value of a channel before that replaces the first: the slowest channel sets the
+pace. A message that cannot be used counts as a missing sample.
 """
 
 import logging
@@ -79,14 +80,20 @@ class Rows:
         self._waiting: deque[tuple[int, list[float]]] = deque()
         self._partial: dict[int, float] = {}
         self._lost = 0
+        self._gap = False
         self._complained = False
 
-    def take(self, limit: int) -> tuple[list[tuple[int, list[float]]], int]:
-        """Return ``([(time, row), ...], lost)`` since the call before."""
+    def take(self, limit: int) -> tuple[list[tuple[int, list[float]]], int, bool]:
+        """Return ``([(time, row), ...], lost, gap)`` since the call before.
+
+        ``gap`` says that rows which were complete are missing before these. A
+        message that could not be read is none: nobody knows whether it was a sample.
+        """
         with self._lock:
             rows = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
             lost, self._lost = self._lost, 0
-        return rows, lost
+            gap, self._gap = self._gap, False
+        return rows, lost, gap
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -97,7 +104,7 @@ class Rows:
         try:
             value = _decoded(payload)
             row = self._row(value) if self._place is None else self._part(topic, value)
-        except (msgspec.MsgspecError, ValueError, OverflowError) as error:
+        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             with self._lock:
                 self._lost += 1
             if not self._complained:
@@ -111,6 +118,7 @@ class Rows:
             if len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
                 self._lost += 1
+                self._gap = True
 
     def _row(self, value: object) -> list[float]:
         if isinstance(value, dict):
@@ -125,11 +133,7 @@ class Rows:
         place = self._place.get(topic)
         if place is None:
             return None
-        value = _number(payload)
-        if place in self._partial:
-            with self._lock:
-                self._lost += 1
-        self._partial[place] = value
+        self._partial[place] = _number(payload)
         if len(self._partial) < len(self._columns):
             return None
         row = [self._partial[i] for i in range(len(self._columns))]
@@ -182,16 +186,19 @@ class MqttSource:
 
     def poll(self, limit: int) -> Batch | None:
         """See ``Source``."""
-        rows, lost = self._rows.take(limit)
+        alive = self._thread.is_alive()
+        rows, lost, gap = self._rows.take(limit)
         if rows or lost:
             return Batch(
                 values=np.array([row for _, row in rows], np.float64).reshape(-1, self._width),
                 t=np.array([t for t, _ in rows], np.int64),
                 lost=lost,
-                continues=not lost,
+                continues=not gap,
             )
         if self._problem is not None:
             raise self._failure(self._problem)
+        if not alive:
+            raise self._failure("the client has ended")
         if not self._subscribed and self._clock.mono() - self._opened > CONNECT_S * 1e6:
             raise self._failure(f"no answer in {CONNECT_S:.0f} s")
         return Batch(np.empty((0, self._width)), np.empty(0, np.int64)) if self._subscribed else None
@@ -226,7 +233,10 @@ class MqttSource:
                     self._problem = self._problem or f"connection lost: {error_string(result)}"
                     return
             self._client.disconnect()
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # Whatever ends this thread ends the connection: said here, since nobody else sees it.
+            if not isinstance(error, OSError | ValueError):
+                log.exception("source.broke", extra={"facts": {"source": "mqtt"}})
             self._problem = str(error) or type(error).__name__
 
     def _connected(self, client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
