@@ -17,6 +17,8 @@ from contract.errors import PitheadError
 LATENCY: Final = "latency_p95_us"
 ALARM_RATE: Final = "alarm_rate"
 ERROR_RATE: Final = "error_rate"
+RATE: Final = "_rate"
+"""Ends the name of every share of something."""
 LIVE_METRICS: Final = (LATENCY, ALARM_RATE, ERROR_RATE)
 """What can be compared in a live rollout; a trace may bring any other metric."""
 
@@ -62,6 +64,10 @@ class Metric(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 
     def __post_init__(self) -> None:
         _finite(minimum_harm=self.minimum_harm, margin=self.margin)
+        if self.minimum_harm > self.margin:
+            raise ValueError("`minimum_harm` is larger than `margin`: what may grow would have to be halted")
+        if self.logarithmic and self.name.endswith(RATE):
+            raise ValueError(f"`scale`: {self.name} is a rate, and can be 0; compare it on the linear scale")
 
     @property
     def logarithmic(self) -> bool:

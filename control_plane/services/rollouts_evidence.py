@@ -24,6 +24,8 @@ from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, SeenBu
 
 CLOCK_MARGIN_US: Final = 3600 * MICROS
 """Devices whose clocks are wrong by more than this and more than they were last seen to be are silent."""
+SHORTEST_US: Final = 1.0
+"""Latencies are compared on the log scale; what is shorter than the clock can tell counts as this."""
 MAX_TRACE: Final = 1 << 30
 """Bytes of a stored trace."""
 
@@ -218,8 +220,8 @@ class _Cells:
         self.windows[device, column] += row.count
         self.errors[device, column] += row.errors
         self.alarms[device, column] += row.alarms
-        if row.latency_p95_us is not None and row.latency_p95_us > 0 and row.count > 0:
-            self.latency[device, column] += row.latency_p95_us * row.count
+        if row.latency_p95_us is not None and row.count > 0:
+            self.latency[device, column] += max(row.latency_p95_us, SHORTEST_US) * row.count
             self.timed[device, column] += row.count
 
     def leading_empty(self, pre: int) -> int:

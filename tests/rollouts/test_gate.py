@@ -60,6 +60,11 @@ def evidence(
     )
 
 
+def no_halt(made: Evidence) -> Evidence:
+    """Leave no error to spend on halting, so that only growth is measured."""
+    return msgspec.structs.replace(made, alpha_share=1e-9)
+
+
 def outcomes(runs: int, policy: Policy, make: Callable[[np.random.Generator], Evidence]) -> list[Outcome]:
     return [assess(make(np.random.default_rng([7, run])), policy).verdict for run in range(runs)]
 
@@ -93,14 +98,14 @@ def test_harm_is_found():
 
 
 def test_harm_below_the_minimum_is_not_shown():
-    policy = one_metric(metrics=(Metric(name="m", minimum_harm=1.5, margin=1e-6),))
+    policy = one_metric(metrics=(Metric(name="m", minimum_harm=1.5, margin=1.5),))
     assert Outcome.HALT not in outcomes(20, policy, lambda rng: evidence(rng, harm=0.7))
 
 
 def test_a_release_at_the_margin_rarely_advances():
     """Non-inferiority at 5 %: of 100 at the margin no more than 13 (99.9 %)."""
-    policy = one_metric(metrics=(Metric(name="m", minimum_harm=5.0, margin=0.5),))
-    found = outcomes(100, policy, lambda rng: evidence(rng, harm=0.5))
+    policy = one_metric(metrics=(Metric(name="m", minimum_harm=0.5, margin=0.5),))
+    found = outcomes(100, policy, lambda rng: no_halt(evidence(rng, harm=0.5)))
     assert found.count(Outcome.ADVANCE) <= 13
 
 
@@ -110,10 +115,97 @@ def test_a_good_release_advances():
     assert found.count(Outcome.ADVANCE) >= 18
 
 
+def test_harm_that_comes_after_an_advance_halts():
+    """The worker was away, or the rollout paused: its old word must not hide what it sees now."""
+    policy = one_metric(metrics=(Metric(name="m", minimum_harm=0.3, margin=1.2),))
+    made = evidence(np.random.default_rng(10), canaries=5)
+    early = msgspec.structs.replace(made, series={"m": made.series["m"][:, : made.pre + 30]})
+    assert assess(early, policy).verdict is Outcome.ADVANCE
+    made.series["m"][np.asarray(made.treated), made.pre + 30 :] += 20
+    verdict = assess(made, policy)
+    assert verdict.verdict is Outcome.HALT
+    assert verdict.bucket is not None
+    assert 30 < verdict.bucket <= 45
+    assert any(look.verdict is Outcome.ADVANCE for look in verdict.looks), "an early look had advanced"
+
+
+def test_only_the_latest_look_advances():
+    """What was refuted once must still be refuted: here harm of the margin comes back, and none can halt."""
+    policy = one_metric(metrics=(Metric(name="m", minimum_harm=0.3, margin=1.2),))
+    made = no_halt(evidence(np.random.default_rng(10), canaries=5))
+    made.series["m"][np.asarray(made.treated), made.pre + 30 :] += 20
+    verdict = assess(made, policy)
+    assert verdict.verdict is Outcome.HOLD
+    assert any(look.verdict is Outcome.ADVANCE for look in verdict.looks)
+
+
+def test_an_advance_counts_from_the_look_since_which_all_advanced():
+    policy = one_metric(metrics=(Metric(name="m", minimum_harm=0.3, margin=1.2),))
+    policy = msgspec.structs.replace(policy, min_soak_buckets=10)
+    verdict = assess(evidence(np.random.default_rng(10), canaries=5), policy)
+    assert verdict.verdict is Outcome.ADVANCE
+    since = [
+        look.verdict is Outcome.ADVANCE for look in verdict.looks if look.bucket >= (verdict.bucket or 0)
+    ]
+    assert all(since)
+    assert verdict.looks[-len(since) - 1].verdict is Outcome.HOLD
+
+
+@pytest.mark.parametrize("missing", [1, 4, 10, 19, 20])
+def test_a_metric_that_canaries_do_not_give_never_advances(missing: int):
+    """Not to be measured is not to pass."""
+    metrics = tuple(Metric(name=name, minimum_harm=0.3, margin=1.2) for name in ("a", "b"))
+    made = evidence(np.random.default_rng(6), devices=60, canaries=20, names=("a", "b"))
+    policy = one_metric(metrics=metrics, min_coverage=0.96)
+    assert assess(made, policy).verdict is Outcome.ADVANCE
+    made.series["b"][np.flatnonzero(made.treated)[:missing], made.pre :] = np.nan
+    verdict = assess(made, policy)
+    assert verdict.verdict is not Outcome.ADVANCE
+    assert "b" in verdict.reason.replace(";", " ").split()
+
+
+def test_dead_metrics_rank_worst_below_the_coverage_too():
+    """Half of the canaries no longer give the metric; the other half is much better than the controls."""
+    made = no_halt(evidence(np.random.default_rng(4), canaries=4, names=("a", "b"), harm=-5.0))
+    made.series["b"][np.flatnonzero(made.treated)[:2], made.pre :] = np.nan
+    metrics = tuple(Metric(name=name, minimum_harm=0.1, margin=0.1) for name in ("a", "b"))
+    verdict = assess(made, one_metric(metrics=metrics, min_coverage=0.01))
+    assert verdict.verdict is Outcome.HOLD
+    assert verdict.reason == "harm of the margin is not refuted yet: b"
+
+
+def test_a_metric_that_canaries_no_longer_give_is_harm():
+    made = evidence(np.random.default_rng(6), canaries=5, names=("a", "b"))
+    made.series["b"][np.asarray(made.treated), made.pre + 10 :] = np.nan
+    metrics = tuple(Metric(name=name, minimum_harm=9.0, margin=9.0) for name in ("a", "b"))
+    verdict = assess(made, one_metric(metrics=metrics))
+    assert verdict.verdict is Outcome.HALT
+    assert verdict.reason == "harm shown: fewer canaries than controls give b"
+
+
+def test_nothing_is_worse_than_zero_where_lower_is_worse_on_the_log_scale():
+    """A throughput that stands still every second bucket is harm, not a gap."""
+    metric = Metric(name="m", minimum_harm=0.1, margin=0.3, scale="log", higher_is_worse=False)
+    made = evidence(np.random.default_rng(2), canaries=5)
+    made.series["m"][:] = np.exp(made.series["m"])
+    made.series["m"][np.asarray(made.treated), made.pre :: 2] = 0.0
+    assert assess(made, one_metric(metrics=(metric,))).verdict is Outcome.HALT
+
+
+def test_zero_on_the_log_scale_cannot_be_read_where_higher_is_worse():
+    metric = Metric(name="m", minimum_harm=0.1, margin=0.3, scale="log")
+    made = evidence(np.random.default_rng(2), canaries=5)
+    made.series["m"][:] = np.exp(made.series["m"])
+    made.series["m"][3, made.pre + 2] = 0.0
+    verdict = assess(made, one_metric(metrics=(metric,)))
+    assert (verdict.verdict, verdict.looks) == (Outcome.HOLD, ())
+    assert "log scale" in verdict.reason
+
+
 def test_every_metric_must_pass():
-    metrics = tuple(Metric(name=name, minimum_harm=9.0, margin=1.2) for name in ("a", "b"))
+    metrics = tuple(Metric(name=name, minimum_harm=1.2, margin=1.2) for name in ("a", "b"))
     policy = one_metric(metrics=metrics)
-    made = evidence(np.random.default_rng(5), names=("a", "b"))
+    made = no_halt(evidence(np.random.default_rng(5), names=("a", "b")))
     assert assess(made, policy).verdict is Outcome.ADVANCE
     made.series["b"][np.asarray(made.treated), made.pre :] += 1.2
     verdict = assess(made, policy)
@@ -149,7 +241,7 @@ def test_canaries_that_die_halt(dead: int):
     """Silence is an outcome: whoever died must not drop out of the comparison."""
     made = evidence(np.random.default_rng(4), devices=40, canaries=3)
     made.series["m"][np.flatnonzero(made.treated)[:dead], made.pre + 10 :] = np.nan
-    policy = one_metric(metrics=(Metric(name="m", minimum_harm=9.0, margin=0.001),))
+    policy = one_metric(metrics=(Metric(name="m", minimum_harm=9.0, margin=9.0),))
     verdict = assess(made, policy)
     assert verdict.verdict is Outcome.HALT
     assert "silent" in verdict.reason

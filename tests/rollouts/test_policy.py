@@ -61,6 +61,8 @@ percent = 50
             'metrics = [{name="a", margin=1, minimum_harm=0}, {name="a", margin=1, minimum_harm=0}]',
             "same name",
         ),
+        ('metrics = [{name="a", margin=1, minimum_harm=2}]', "minimum_harm"),
+        ('metrics = [{name="alarm_rate", scale="log", margin=1, minimum_harm=0}]', "scale"),
         ("first_look = 500\nmax_soak_buckets = 100", "first_look"),
         ("min_soak_buckets = 500\nmax_soak_buckets = 100", "min_soak_buckets"),
         ('on_halt = "shrug"', "$.on_halt"),

@@ -6,8 +6,16 @@ canaries, with the error spent over the looks.
 ADVANCE: non-inferiority. The margin is taken from the canaries, and the test
 asks whether they are then better than the controls. Every metric must pass,
 so each may be tested at full alpha (intersection-union; Berger 1982).
+
+HALT goes first, over all looks: an early ADVANCE must not hide harm that came
+later. That costs no error, since alpha is spent over the whole schedule of
+looks whether or not the gate would have advanced meanwhile. ADVANCE is of the
+latest look only: each metric must have been refuted by its sequential test,
+which alone keeps the error at alpha, *and* at the latest look too. The second
+condition can only take an ADVANCE away, so it adds no error either.
 """
 
+import itertools
 from typing import Final
 
 import msgspec
@@ -42,6 +50,8 @@ from control_plane.core.policy import Metric, Policy
 DECIMALS: Final = 4
 """z is rounded to this, so that ties are ties on every machine."""
 AXES: Final = 2
+MISSING: Final = ", missing"
+"""Ends the name of the comparison of who no longer gives a metric."""
 
 
 def assess(evidence: Evidence, policy: Policy) -> Verdict:
@@ -61,7 +71,7 @@ def assess(evidence: Evidence, policy: Policy) -> Verdict:
 
 
 def examine(evidence: Evidence, policy: Policy) -> tuple[Look, ...]:
-    """Return every look that ``evidence`` allows, up to the deciding one."""
+    """Return every look that ``evidence`` allows, up to the one that halted."""
     return assess(evidence, policy).looks
 
 
@@ -103,18 +113,31 @@ class _Comparison:
             for label, start in spans:
                 scores = self.panels[metric.name].adjusted(start, bucket, shift, self.strata)
                 columns.append(column(metric.name + label, scores, self.treated, self.strata))
-        columns.append(silence_column(self._silence(bucket), self.treated, self.strata))
+        overall = self._silence(bucket)
+        columns.append(silence_column("silence", overall, self.treated, self.strata))
+        for metric in self.policy.metrics:
+            missing = self._missing(metric, bucket)
+            if not np.array_equal(missing, overall):
+                name = metric.name + MISSING
+                columns.append(silence_column(name, missing, self.treated, self.strata))
         return [found for found in columns if found is not None]
 
     def _margin_column(self, metric: Metric, bucket: int) -> Column | None:
         shift = np.where(self.treated, metric.shift(metric.margin), 0.0)
         scores = self.panels[metric.name].adjusted(0, bucket, shift, self.strata)
-        # Whoever is silent now ranks worst, canary or not: the dead must not vote for the release.
-        scores = np.where(self._silence(bucket) >= SILENCE_FROM, np.inf, scores)
+        # Whoever does not give this metric now ranks worst, canary or not: the dead must not vote for
+        # the release, nor may a version pass by not being measured.
+        scores = np.where(self._missing(metric, bucket) >= SILENCE_FROM, np.inf, scores)
         return column(metric.name, -scores, self.treated, self.strata)
 
     def _silence(self, bucket: int) -> Floats:
+        """Return how silent each device was lately, in all metrics together."""
         return recent_silence(self.present, self.evidence.pre, bucket, self.policy.silent_buckets)
+
+    def _missing(self, metric: Metric, bucket: int) -> Floats:
+        """Return how silent each device was lately in one metric."""
+        seen = self.panels[metric.name].seen
+        return recent_silence(seen, self.evidence.pre, bucket, self.policy.silent_buckets)
 
     def _permute(
         self, harm: list[list[Column]], margins: list[list[Column | None]]
@@ -149,12 +172,12 @@ class _Comparison:
         policy = self.policy
         alpha = policy.alpha * self.evidence.alpha_share
         halted_at, limits = self._crossing(harm_table, alpha)
-        passed = [self._crossing(table, policy.alpha)[0] for table in margin_tables]
+        refuted = [self._crossing(table, policy.alpha)[0] for table in margin_tables]
         looks: list[Look] = []
         for index, bucket in enumerate(self.looks):
             metrics = tuple(
-                self._metric_look(metric, bucket, table[:, index], passed=at is not None and at <= index)
-                for metric, table, at in zip(policy.metrics, margin_tables, passed, strict=True)
+                self._metric_look(metric, bucket, table[:, index], refuted=at is not None and at <= index)
+                for metric, table, at in zip(policy.metrics, margin_tables, refuted, strict=True)
             )
             worst = self._worst(harm[index])
             outcome, reason = self._outcome(index, halted_at, metrics, worst)
@@ -172,13 +195,13 @@ class _Comparison:
                     metrics=metrics,
                 )
             )
-            if outcome is not Outcome.HOLD:
+            if outcome is Outcome.HALT:
                 break
         final = looks[-1]
         return Verdict(
             verdict=final.verdict,
             reason=final.reason,
-            bucket=None if final.verdict is Outcome.HOLD else final.bucket,
+            bucket=_decided_at(looks),
             looks=tuple(looks),
             permutations=self.allocations.count,
             exact=self.allocations.exact,
@@ -189,38 +212,41 @@ class _Comparison:
         self, index: int, halted_at: int | None, metrics: tuple[MetricLook, ...], worst: str | None
     ) -> tuple[Outcome, str]:
         bucket = self.looks[index]
-        if halted_at is not None and index >= halted_at:
+        if index == halted_at:
             return Outcome.HALT, _harm_words(worst, metrics)
         if not self.evidence.may_advance:
             return Outcome.HOLD, "no harm shown; this comparison only watches"
+        absent = self._absent(bucket)
+        if absent is not None:
+            return Outcome.HOLD, absent
         open_metrics = [look.metric for look in metrics if not look.passed]
         if open_metrics:
             return Outcome.HOLD, f"harm of the margin is not refuted yet: {', '.join(open_metrics)}"
         if bucket < self.policy.shortest_soak:
             return Outcome.HOLD, f"soaking until bucket {self.policy.shortest_soak}"
-        absent = self._absent(bucket)
-        if absent is not None:
-            return Outcome.HOLD, absent
         return Outcome.ADVANCE, "harm of the margin is refuted in every metric"
 
     def _absent(self, bucket: int) -> str | None:
-        speaking = self._silence(bucket) < SILENCE_FROM
-        for arm, members in (("canaries", self.treated), ("controls", ~self.treated)):
-            share = float(speaking[members].mean())
-            if share < self.policy.min_coverage:
-                return (
-                    f"{int((members & ~speaking).sum())} of {int(members.sum())} {arm} are silent; "
-                    f"{self.policy.min_coverage:.0%} must report"
-                )
+        kinds = [("are silent", self._silence(bucket))]
+        kinds += [(f"do not give {m.name}", self._missing(m, bucket)) for m in self.policy.metrics]
+        for words, silence in kinds:
+            speaking = silence < SILENCE_FROM
+            for arm, members in (("canaries", self.treated), ("controls", ~self.treated)):
+                if float(speaking[members].mean()) < self.policy.min_coverage:
+                    return (
+                        f"{int((members & ~speaking).sum())} of {int(members.sum())} {arm} {words}; "
+                        f"{self.policy.min_coverage:.0%} must report"
+                    )
         return None
 
-    def _metric_look(self, metric: Metric, bucket: int, table: Table, *, passed: bool) -> MetricLook:
+    def _metric_look(self, metric: Metric, bucket: int, table: Table, *, refuted: bool) -> MetricLook:
+        p = _p(table)
         scores = self.panels[metric.name].adjusted(0, bucket, np.zeros(len(self.treated)), self.strata)
         return MetricLook(
             metric=metric.name,
             shift=contrast(scores, self.treated, self.strata),
-            margin_p=_p(table),
-            passed=passed,
+            margin_p=p,
+            passed=refuted and p is not None and p <= self.policy.alpha,
         )
 
     def _worst(self, columns: list[Column]) -> str | None:
@@ -240,9 +266,20 @@ def _p(column: Table) -> float | None:
     return float((column >= column[0]).mean())
 
 
+def _decided_at(looks: list[Look]) -> int | None:
+    """Return the bucket of the halt, or from which on every look advanced; None while it holds."""
+    final = looks[-1]
+    if final.verdict is not Outcome.ADVANCE:
+        return final.bucket if final.verdict is Outcome.HALT else None
+    run = itertools.takewhile(lambda look: look.verdict is Outcome.ADVANCE, reversed(looks))
+    return min(look.bucket for look in run)
+
+
 def _harm_words(worst: str | None, metrics: tuple[MetricLook, ...]) -> str:
     if worst == "silence":
         return "harm shown: more canaries than controls fell silent"
+    if worst is not None and worst.endswith(MISSING):
+        return f"harm shown: fewer canaries than controls give {worst.removesuffix(MISSING)}"
     for look in metrics:
         if worst is not None and worst.startswith(look.metric) and look.shift is not None:
             return f"harm above the minimum shown in {worst} (canaries {look.shift:+.4g} against controls)"
@@ -274,6 +311,8 @@ def _unusable(evidence: Evidence, policy: Policy) -> str | None:
         after = values[:, evidence.pre :]
         if np.isinf(values).any():
             return f"unreadable evidence: {metric.name} has infinite values"
+        if metric.logarithmic and metric.higher_is_worse and (values <= 0).any():
+            return f"unreadable evidence: {metric.name} has values of 0 or less on the log scale"
         if after.shape[1] >= policy.first_look and np.isnan(after).all():
             return f"no evidence for {metric.name} since the activation"
     return None

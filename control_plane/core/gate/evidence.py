@@ -49,7 +49,7 @@ class MetricLook(msgspec.Struct, frozen=True):
     margin_p: float | None
     """Permutation p of "at least as harmful as the margin"."""
     passed: bool
-    """Whether the margin is refuted by now."""
+    """Whether the margin is refuted by now, and at this look too."""
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -76,7 +76,8 @@ class Verdict(msgspec.Struct, frozen=True):
     verdict: Outcome
     reason: str
     bucket: int | None
-    """When it was decided, counted from the activation; None while it holds."""
+    """When it was decided, counted from the activation; None while it holds. Of an ADVANCE, the look
+    from which on every look advanced."""
     looks: tuple[Look, ...] = ()
     permutations: int = 0
     exact: bool = False

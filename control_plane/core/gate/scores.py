@@ -19,6 +19,8 @@ SILENCE_FROM: Final = 0.5
 """Missing less than this share of the recent buckets is not silence."""
 FEWEST: Final = 2
 ROUNDING: Final = 1e-12
+LOWEST: Final = float(np.log(np.finfo(np.float64).tiny))
+"""Stands on the log scale for what is 0 or less, where lower is worse: worse than any other value."""
 
 
 class Strata:
@@ -52,12 +54,13 @@ class Panel:
 
     def __init__(self, evidence: Evidence, metric: Metric) -> None:
         values = np.asarray(evidence.series[metric.name], dtype=np.float64)
+        seen = ~np.isnan(values)
         if metric.logarithmic:
             with np.errstate(divide="ignore", invalid="ignore"):
-                values = np.where(values > 0, np.log(values), np.nan)
+                values = np.where(seen, np.where(values > 0, np.log(values), LOWEST), np.nan)
         if not metric.higher_is_worse:
             values = -values
-        seen = ~np.isnan(values)
+        self.seen: Booleans = seen
         self.pre = evidence.pre
         self._sums = _running(np.where(seen, values, 0.0))
         self._counts = _running(seen.astype(np.float64))
@@ -95,10 +98,10 @@ def recent_silence(present: Booleans, pre: int, bucket: int, window: int) -> Flo
     return silent
 
 
-def silence_column(silence: Floats, treated: Booleans, strata: Strata) -> Column | None:
-    """Return the weights for "more canaries than controls fell silent"."""
+def silence_column(name: str, silence: Floats, treated: Booleans, strata: Strata) -> Column | None:
+    """Return the weights for "more canaries than controls fell silent", in all metrics or in one."""
     scores = np.where(silence < SILENCE_FROM, 0.0, silence)
-    return column("silence", scores, treated, strata)
+    return column(name, scores, treated, strata)
 
 
 def column(name: str, scores: Floats, treated: Booleans, strata: Strata) -> Column | None:

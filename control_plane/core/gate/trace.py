@@ -160,6 +160,8 @@ def _treated(number: int, header: Header, devices: tuple[str, ...]) -> tuple[boo
             raise _invalid(number, f"treated: {len(given)} booleans for {len(devices)} devices")
         return tuple(bool(entry) for entry in given)
     names = {str(entry) for entry in given}
+    if len(names) != len(given):
+        raise _invalid(number, "treated: a device comes twice; give names, or true and false for each device")
     unknown = names - set(devices)
     if unknown:
         raise _invalid(number, f"treated: {min(unknown)!r} is not among the devices")
