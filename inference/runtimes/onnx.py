@@ -88,6 +88,8 @@ def _options(threads: int) -> Any:
     options.log_severity_level = _SILENT
     # The arena keeps the largest batch's memory for ever; a device has better uses for it.
     options.enable_cpu_mem_arena = False
+    # Never guess: what was screened as ONNX must not be read as something else.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
