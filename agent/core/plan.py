@@ -13,7 +13,7 @@ from msgspec import Struct
 from agent.core import slots as slot
 from agent.core.health import Judgement, Verdict
 from agent.core.slots import Serving, Slots
-from contract.messages import Desired, ErrorCode, ModelAssignment, Name, Role, Sha256, Text
+from contract.messages import Count, Desired, ErrorCode, ModelAssignment, Name, Role, Sha256, Text
 
 
 class Goal(Struct, frozen=True):
@@ -59,7 +59,7 @@ class Observed(Struct, frozen=True):
     not_before: Mapping[Sha256, float] = {}
     """When the next try may begin, by the monotonic clock."""
     verdict: Verdict = Verdict()
-    """On the trial."""
+    """On what serves: the trial, or the active version."""
 
 
 class Fetch(Struct, frozen=True):
@@ -94,6 +94,16 @@ class Rollback(Struct, frozen=True):
     superseded: bool = False
 
 
+class Fallback(Struct, frozen=True):
+    """Give up the confirmed version for the one that was confirmed before it."""
+
+    code: ErrorCode
+    detail: Text = ""
+    attempt: Count = 0
+    activation: Count = 0
+    """Up to which the version is given up."""
+
+
 class Reject(Struct, frozen=True):
     """Give up a variant, or with ``final`` the version, for this attempt."""
 
@@ -110,7 +120,7 @@ class Remove(Struct, frozen=True):
     """Forget a model that is wanted no more."""
 
 
-Step = Fetch | Probe | Activate | Confirm | Rollback | Reject | Discard | Remove
+Step = Fetch | Probe | Activate | Confirm | Rollback | Fallback | Reject | Discard | Remove
 TASKS: Final = (Fetch, Probe)
 """Steps that take time and run beside the loop; all others are one durable write."""
 
@@ -131,15 +141,13 @@ def plan(desired: Desired | None, observed: Mapping[Name, Observed], now: float)
     """Return the next step of each model that has one.
 
     ``now`` is monotonic, in seconds. Without any desired document yet,
-    everything stays as it is.
+    everything stays as it is, except for what cannot serve.
     """
-    if desired is None:
-        return {}
-    wanted = goals(desired)
+    wanted = goals(desired) if desired is not None else {}
     steps: dict[Name, Step] = {}
     for name in {*wanted, *observed}:
         seen = observed.get(name, Observed(Slots(name)))
-        step = next_step(wanted.get(name), seen, now)
+        step = next_step(wanted.get(name), seen, now) if desired is not None else _without_orders(seen)
         if step is not None:
             steps[name] = step
     return steps
@@ -152,20 +160,47 @@ def next_step(goal: Goal | None, seen: Observed, now: float) -> Step | None:
     return _toward_active(goal, seen, now) or _toward_staged(goal, seen, now)
 
 
+def _without_orders(seen: Observed) -> Step | None:
+    if seen.slots.trial is None:
+        return _fall_back(None, seen)
+    return _rollback(seen.verdict) if seen.verdict.judgement is Judgement.BAD else None
+
+
 def _toward_active(goal: Goal, seen: Observed, now: float) -> Step | None:
     wanted, slots = goal.active, seen.slots
     if slots.trial is not None:
         return _on_trial(wanted, slots.trial, seen.verdict)
     if wanted is None:
-        return None
+        return _fall_back(None, seen)
     digest, active = wanted.manifest_sha256, slots.active
     if active is not None and active.digest == digest and active.activation >= wanted.activation:
-        return _repair(wanted, seen, now)
+        return _fall_back(wanted, seen) or _repair(wanted, seen, now)
     if slot.rejection(slots, wanted) is not None:
-        return None
+        return _fall_back(wanted, seen)
     if slots.find(digest) is not None and digest not in seen.broken:
         return Activate(wanted)
-    return _prepare(wanted, seen, now)
+    return _fall_back(wanted, seen) or _prepare(wanted, seen, now)
+
+
+def _fall_back(wanted: ModelAssignment | None, seen: Observed) -> Step | None:
+    """Leave a confirmed version that cannot serve, if there is one to go back to."""
+    active, last = seen.slots.active, seen.slots.last_good
+    if active is None or last is None or last.digest in seen.broken:
+        return None
+    if seen.verdict.judgement is not Judgement.BAD:
+        return None
+    same = wanted is not None and wanted.manifest_sha256 == active.digest
+    attempt, activation = (wanted.attempt, wanted.activation) if wanted is not None and same else (0, 0)
+    return Fallback(
+        seen.verdict.code or "trial.unhealthy",
+        seen.verdict.detail,
+        attempt=max(attempt, active.attempt),
+        activation=max(activation, active.activation),
+    )
+
+
+def _rollback(verdict: Verdict) -> Rollback:
+    return Rollback(verdict.code or "trial.unhealthy", verdict.detail)
 
 
 def _on_trial(wanted: ModelAssignment | None, trial: Serving, verdict: Verdict) -> Step | None:
@@ -175,7 +210,7 @@ def _on_trial(wanted: ModelAssignment | None, trial: Serving, verdict: Verdict) 
         return Activate(wanted)
     steps: dict[Judgement, Step] = {
         Judgement.GOOD: Confirm(),
-        Judgement.BAD: Rollback(verdict.code or "trial.unhealthy", verdict.detail),
+        Judgement.BAD: _rollback(verdict),
     }
     return steps.get(verdict.judgement)
 

@@ -9,7 +9,17 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from contract.messages import Aftermath, Count, ErrorCode, ModelAssignment, Name, Sha256, Text, Version
+from contract.messages import (
+    Aftermath,
+    Count,
+    ErrorCode,
+    Micros,
+    ModelAssignment,
+    Name,
+    Sha256,
+    Text,
+    Version,
+)
 
 MAX_REJECTED: Final = 64
 """Oldest rejections beyond this are forgotten."""
@@ -34,6 +44,7 @@ class Serving(Struct, frozen=True, omit_defaults=True):
     activation: Count = 0
     attempt: Count = 0
     rollout: str | None = None
+    confirmed_at: Micros = 0
 
     @property
     def digest(self) -> Sha256:
@@ -74,6 +85,8 @@ class Slots(Struct, frozen=True, omit_defaults=True):
     trial: Serving | None = None
     trial_starts: Count = 0
     """Engine processes started since the trial began."""
+    deaths: Count = 0
+    """Engines that died of ``active``, each within a short life."""
     standby: Installed | None = None
     last_good: Installed | None = None
     rejected: tuple[Rejected, ...] = ()
@@ -117,17 +130,18 @@ def activate(slots: Slots, wanted: ModelAssignment) -> Slots:
     )
 
 
-def confirm(slots: Slots) -> Slots:
-    """Make the trial the active version; what was active becomes the last good one."""
+def confirm(slots: Slots, now: int = 0) -> Slots:
+    """Make the trial the active version at ``now``; what was active becomes the last good one."""
     trial, active = slots.trial, slots.active
     if trial is None:
         return slots
     another = active is not None and active.digest != trial.digest
     return msgspec.structs.replace(
         slots,
-        active=trial,
+        active=msgspec.structs.replace(trial, confirmed_at=now),
         trial=None,
         trial_starts=0,
+        deaths=0,
         last_good=active.installed if active is not None and another else slots.last_good,
     )
 
@@ -149,6 +163,21 @@ def roll_back(slots: Slots, rejected: Rejected | None) -> Slots:
     return ended
 
 
+def fall_back(slots: Slots, rejected: Rejected) -> Slots:
+    """Put what was confirmed before ``active`` back into service, and reject ``active``."""
+    last = slots.last_good
+    if last is None:
+        return slots
+    back = msgspec.structs.replace(slots, active=Serving(last), last_good=None, deaths=0)
+    return reject(back, rejected)
+
+
+def proven(slots: Slots, digest: Sha256) -> bool:
+    """Whether a version was confirmed here before, as far as the slots know."""
+    confirmed = (slots.active and slots.active.digest, slots.last_good and slots.last_good.digest)
+    return digest in confirmed
+
+
 def reject(slots: Slots, rejected: Rejected) -> Slots:
     """Remember what must not be tried again; a final rejection empties its standby."""
     others = tuple(
@@ -167,6 +196,11 @@ def again(slots: Slots) -> Slots:
     if slots.trial is None:
         return slots
     return msgspec.structs.replace(slots, trial_starts=slots.trial_starts + 1)
+
+
+def died(slots: Slots, *, soon: bool) -> Slots:
+    """Count an engine that died of the active version; one that lived long begins a new count."""
+    return msgspec.structs.replace(slots, deaths=slots.deaths + 1 if soon else 1)
 
 
 def aftermath(slots: Slots) -> Aftermath:

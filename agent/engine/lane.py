@@ -36,6 +36,8 @@ SLICE_US: Final = 100_000.0
 """A batch should take about this long at most, so that the lane can answer."""
 GATHER_US: Final = 2 * TICK_S * 1e6
 LONGEST_PAUSE_S: Final = 1.0
+LOAD_AGAIN_US: Final = 30_000_000
+"""After this, what could not be loaded is tried again: the reason may have passed."""
 
 
 class Lane:
@@ -55,7 +57,8 @@ class Lane:
         self._fitting = False
         self._loading: LaneSpec | None = None
         self._refused: tuple[LaneSpec, PitheadError] | None = None
-        """What was wanted and could not be loaded."""
+        """What was wanted and could not be loaded; it stands until a later try succeeds."""
+        self._refused_at = 0
         self._broken: PitheadError | None = None
         """An error of the lane itself."""
         self._feed = Feed(spec.lane, clock)
@@ -134,9 +137,11 @@ class Lane:
             return
         if self._loading is not None and key(self._loading) == key(wanted):
             return
-        if self._refused is not None and key(self._refused[0]) == key(wanted):
+        if self._refused is not None and key(self._refused[0]) != key(wanted):
+            self._refused = None
+        if self._refused is not None and self._clock.mono() - self._refused_at < LOAD_AGAIN_US:
             return
-        self._refused, self._loading = None, wanted
+        self._loading = wanted
         self._loader.submit(lambda: self._load(wanted))
 
     def _load(self, spec: LaneSpec) -> None:
@@ -161,7 +166,7 @@ class Lane:
                 if isinstance(result, Served):
                     self._loader.submit(result.session.close)
             elif isinstance(result, PitheadError):
-                self._refused = (spec, result)
+                self._refuse(spec, result)
             elif result.calibration is None:
                 self._swap(result)
             else:
@@ -173,7 +178,7 @@ class Lane:
         A version that needs another source ends the serving of the old one.
         """
         self._drop_candidate()
-        self._candidate = fresh
+        self._candidate, self._refused = fresh, None
         old = self._serving
         if old is not None and needs(old.pipeline) != needs(fresh.pipeline):
             self._report.swapped(old.spec, old, self._feed.backlog())
@@ -199,16 +204,20 @@ class Lane:
                 continue
             if isinstance(result, PitheadError):
                 self._drop_candidate()
-                self._refused = (wanted, result)
+                self._refuse(wanted, result)
                 continue
             self._candidate, self._fitting = None, False
             served.apply(result)
             self._swap(served)
             self._outlet.fitted(Fitted(lane=self.name, digest=served.spec.digest, fit=result))
 
+    def _refuse(self, spec: LaneSpec, error: PitheadError) -> None:
+        self._refused, self._refused_at = (spec, error), self._clock.mono()
+
     def _swap(self, fresh: Served) -> None:
         """Serve with ``fresh`` from the next row on."""
         self._drop_candidate()
+        self._refused = None
         old, self._serving = self._serving, fresh
         facts = {"lane": self.name, "version": fresh.spec.version, "activation": fresh.spec.activation}
         log.info("lane.swapped", extra={"facts": facts})

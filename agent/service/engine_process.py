@@ -95,6 +95,16 @@ class EngineKeeper:
         else:
             self._paused.clear()
 
+    @property
+    def paused(self) -> bool:
+        """Whether reading is stopped."""
+        return self._paused.is_set()
+
+    def kill(self) -> None:
+        """End an engine that hangs; a new one is started."""
+        log.error("engine.killed", extra={"facts": {"pid": self._engine_pid()}})
+        self._signal(signal.SIGKILL)
+
     def leave(self, *, keep_engine: bool) -> None:
         """Start no engine any more, and ask the present one to end unless it shall go on alone.
 

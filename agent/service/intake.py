@@ -1,11 +1,14 @@
 """The loop's side of the engine: its greeting, its lanes, its products, and what it is told to run."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
-from agent.core import slots
-from agent.ports import Configure, Fitted, Hello, LaneState, Product, Stored
+from msgspec import Struct
+
+from agent.core import health, slots
+from agent.core.blame import SOON_S, Suspect
+from agent.ports import Configure, Fitted, Hello, LaneSpec, LaneState, Product, Stored
 from agent.service import events
 from agent.service.engine_process import EngineKeeper
 from agent.service.world import World
@@ -17,6 +20,15 @@ log = logging.getLogger(__name__)
 MOST_UNSTORED: Final = 5000
 """Products in memory while the disk takes none; beyond, the engine keeps them."""
 STORE_AGAIN_S: Final = 1.0
+
+
+class Loss(Struct, frozen=True):
+    """How an engine was when it was heard last."""
+
+    suspects: frozenset[Suspect]
+    detail: str
+    soon: bool
+    """It had not lived long."""
 
 
 class Intake:
@@ -32,6 +44,11 @@ class Intake:
         self._connection = 0
         self._fresh = False
         self._configured: Configure | None = None
+        self._configured_at = 0.0
+        self._hanging: frozenset[Suspect] = frozenset()
+        """Sessions for whose silence the engine is being killed."""
+        self._lost: Loss | None = None
+        """What was at work when the connection ended; counts if the engine turns out to be dead."""
         self._products: list[Product] = []
         self._store_at = 0.0
         self.starts = 0
@@ -43,22 +60,47 @@ class Intake:
         return self._connection == 0
 
     def started(self) -> None:
-        """Note that a new engine process begins; if another was in service, it has died."""
+        """Note that a new engine process begins: one that was heard before has died. Raises ``storage.*``."""
         self.starts += 1
         self._fresh = True
-        if self._hello is None:
-            return
         self._hello = None
-        for found in self._world.slots.all().values():
-            if found.trial is not None:
-                self._world.crashed[found.model_name] = "the engine died while the version was on trial"
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            self._world.engine_died(lost.suspects, lost.detail, soon=lost.soon)
 
     def lost(self, event: events.EngineLost) -> None:
-        """Note that the engine cannot be heard; it may go on all the same."""
-        if event.connection == self._connection:
-            self._connection = 0
-            self._world.lanes.clear()
-            self._configured = None
+        """Note that the engine cannot be heard, and what was at work in it; it may go on all the same."""
+        if event.connection != self._connection:
+            return
+        detail = "the engine died while the version was in service"
+        suspects = _at_work(self._configured.lanes if self._configured else (), self._world.lanes.values())
+        if self._hanging:
+            detail, suspects = f"a lane said nothing for {health.SILENT_S:.0f} s", self._hanging
+        age_s = 0.0 if self._hello is None else self._now() - self._hello.started_mono_us / 1e6
+        self._lost = Loss(suspects, detail, soon=age_s < SOON_S)
+        self._connection, self._configured, self._hanging = 0, None, frozenset()
+        self._world.forget_lanes()
+
+    def watch(self) -> None:
+        """Kill an engine of which a lane hangs: its thread is stuck in a model, and takes no order."""
+        if self._engine.paused:
+            self._world.heard = dict.fromkeys(self._world.heard, self._now())
+        if self._connection == 0 or self._configured is None or self._engine.paused:
+            self._configured_at = self._now()
+            return
+        since = self._now() - health.SILENT_S
+        silent = [
+            spec
+            for spec in self._configured.lanes
+            if max(self._world.heard.get(spec.lane, 0.0), self._configured_at) < since
+        ]
+        if not silent or self._hanging:
+            return
+        self._hanging = frozenset(
+            _serving(self._world.lanes.get(spec.lane)) or _suspect(spec) for spec in silent
+        )
+        log.error("engine.lane_hangs", extra={"facts": {"lanes": [spec.lane for spec in silent]}})
+        self._engine.kill()
 
     def said(self, event: events.EngineSaid) -> None:
         """Take one message. Raises ``storage.*``; the engine repeats what matters."""
@@ -68,7 +110,7 @@ class Intake:
         elif event.connection != self._connection:
             return
         elif isinstance(message, LaneState):
-            self._world.lane_said(message)
+            self._world.lane_said(message, self._now())
         elif isinstance(message, Fitted):
             self._world.fitted(message.lane, message.digest, message.fit)
         else:
@@ -98,30 +140,59 @@ class Intake:
             return
         wanted = Configure(self._world.lane_specs(), self._world.reporting.bucket_s)
         self._engine.lanes = len(wanted.lanes)
-        if wanted != self._configured and self._engine.send(wanted):
-            self._configured = wanted
+        if wanted == self._configured:
+            return
+        if self._fresh and wanted.lanes:
+            self._count_start(wanted)
+        if self._engine.send(wanted):
+            self._configured, self._configured_at = wanted, self._now()
 
     def _greeted(self, connection: int, hello: Hello) -> None:
         before = self._hello
         if before is not None and (before.pid, before.started_mono_us) != (hello.pid, hello.started_mono_us):
             self.started()
+        self._lost = None
         self._store_at = 0.0
         self.store()
         self._products.clear()  # what was not stored is repeated
-        if self._fresh:
-            self._count_start()
         self._hello, self._connection, self._configured = hello, connection, None
         self._source = f"{self._world.machine.boot_id}/{hello.pid}/{hello.started_mono_us}"
-        self._world.lanes.clear()
+        self._world.forget_lanes()
         self._outbox.forget_marks(self._source)
         log.info("engine.connected", extra={"facts": {"pid": hello.pid, "runtimes": hello.runtimes}})
 
-    def _count_start(self) -> None:
-        """Count a new engine, durably, before it is given a version on trial that may end it."""
-        self._fresh = False
+    def _count_start(self, wanted: Configure) -> None:
+        """Count a new engine, durably, before it is given versions on trial that may end it."""
+        given = set(map(_suspect, wanted.lanes))
         for found in self._world.slots.all().values():
-            if found.trial is not None and found.model_name not in self._world.crashed:
+            trial = found.trial
+            if trial and Suspect(found.model_name, trial.digest, trial.activation) in given:
                 self._world.slots.save(slots.again(found))
+        self._fresh = False
+
+
+def _suspect(spec: LaneSpec) -> Suspect:
+    return Suspect(spec.model_name, spec.digest, spec.activation)
+
+
+def _serving(state: LaneState | None) -> Suspect | None:
+    if state is None or state.digest is None:
+        return None
+    return Suspect(state.model_name, state.digest, state.activation)
+
+
+def _at_work(configured: Collection[LaneSpec], lanes: Iterable[LaneState]) -> frozenset[Suspect]:
+    """Return the sessions that were asked for and that were seen in service or loading.
+
+    One of which nothing was seen yet is none of them: its trial loses a start
+    by the next engine, and no more.
+    """
+    seen = set()
+    for state in lanes:
+        seen.add(_serving(state))
+        if state.wanted_digest is not None and state.state != "failed":
+            seen.add(Suspect(state.model_name, state.wanted_digest, state.wanted_activation))
+    return frozenset(set(map(_suspect, configured)) & seen)
 
 
 def _entry(product: Product) -> Entry:

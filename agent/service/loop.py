@@ -77,7 +77,12 @@ class Supervisor:
         self._now = parts.clock.seconds
         self._reporter = Reporter(parts.world, parts.outbox, parts.clock)
         self._steps = Steps(
-            parts.world, parts.children, self._reporter, now=self._now, fraction=parts.fraction
+            parts.world,
+            parts.children,
+            self._reporter,
+            now=self._now,
+            wall=parts.clock.wall,
+            fraction=parts.fraction,
         )
         self._intake = Intake(parts.world, parts.outbox, parts.engine, self._now)
         self._uplink = Uplink(parts.outbox, parts.link, self._now)
@@ -258,6 +263,7 @@ class Supervisor:
                 self._reporter.receipts(self._observed, children.running)
                 break
             self._collect = True
+        self._intake.watch()
         self._intake.configure()
         self._reporter.reported(self._observed)
 

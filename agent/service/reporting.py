@@ -204,6 +204,13 @@ class Reporter:
             trouble = self._world.troubles.get(wanted.manifest_sha256)
             if trouble is not None:
                 return trouble[0], trouble[1][:2000]
+        instead = self._world.in_service(found)
+        if instead is not None and found.serving is not None and instead.digest != found.serving.digest:
+            damaged, serves = found.serving.installed.version, instead.installed.version
+            return (
+                "storage.corrupt",
+                f"files of {damaged} are damaged; {serves} serves until they are fetched",
+            )
         for lane in self._world.lanes_of(found.model_name):
             state = self._world.lanes.get(lane.name)
             if state is not None and state.code is not None:

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
+
 from agent.core import backoff, plan, slots
 from agent.core.standing import Standing
 from agent.service.children import Children, Download
@@ -12,7 +14,7 @@ from agent.service.reporting import Facts, Reporter
 from agent.service.world import World, installed_from, lookup, variant_files
 from contract.errors import PitheadError
 from contract.manifest import Manifest, target_path
-from contract.messages import AssignmentState, ModelAssignment, Name, Sha256
+from contract.messages import Aftermath, AssignmentState, ModelAssignment, Name, Sha256
 from inference.probing import Choice
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ EVENTS: Final[dict[type, str]] = {
     plan.Activate: "slot.trial_started",
     plan.Confirm: "slot.confirmed",
     plan.Rollback: "slot.rolled_back",
+    plan.Fallback: "slot.fell_back",
     plan.Reject: "slot.rejected",
     plan.Discard: "slot.discarded",
 }
@@ -47,12 +50,14 @@ class Steps:
         reporter: Reporter,
         *,
         now: Callable[[], float],
+        wall: Callable[[], int],
         fraction: Callable[[], float],
     ) -> None:
         self._world = world
         self._children = children
         self._reporter = reporter
         self._now = now
+        self._wall = wall
         self._fraction = fraction
         self._tries: dict[tuple[Sha256, str], int] = {}
 
@@ -161,9 +166,13 @@ class Steps:
         if isinstance(step, plan.Activate):
             return slots.activate(before, step.wanted)
         if isinstance(step, plan.Confirm):
-            return slots.confirm(before)
+            return slots.confirm(before, self._wall())
         if isinstance(step, plan.Rollback):
             return slots.roll_back(before, None if step.superseded else _trial_failed(before, step))
+        if isinstance(step, plan.Fallback):
+            return (
+                before if before.active is None else slots.fall_back(before, _given_up(before.active, step))
+            )
         if isinstance(step, plan.Reject):
             return slots.reject(before, _rejected(step))
         return slots.discard_standby(before)
@@ -172,8 +181,6 @@ class Steps:
         if isinstance(step, plan.Reject):
             self._world.failures.pop(step.wanted.manifest_sha256, None)
             self._world.troubles.pop(step.wanted.manifest_sha256, None)
-        if isinstance(step, plan.Activate | plan.Rollback):
-            self._world.crashed.pop(after.model_name, None)
         if isinstance(step, plan.Rollback) and step.superseded and before.trial is not None:
             self._reporter.superseded(after.model_name, before.trial, step, after)
 
@@ -184,7 +191,7 @@ class Steps:
             "serves": None if serving is None else serving.installed.version,
             "activation": None if serving is None else serving.activation,
         }
-        if isinstance(step, plan.Rollback):
+        if isinstance(step, plan.Rollback | plan.Fallback):
             facts |= {"code": step.code, "detail": step.detail}
         if isinstance(step, plan.Reject):
             facts |= {"code": step.failure.code, "version": step.wanted.version, "final": step.final}
@@ -200,19 +207,28 @@ def _downloads(manifest: Manifest, variant: Name) -> list[Download]:
 
 def _trial_failed(before: slots.Slots, step: plan.Rollback) -> slots.Rejected | None:
     trial = before.trial
-    if trial is None:
-        return None
+    return None if trial is None else _failed_in_service(trial, step, slots.aftermath(before))
+
+
+def _given_up(active: slots.Serving, step: plan.Fallback) -> slots.Rejected:
+    counted = msgspec.structs.replace(active, attempt=step.attempt, activation=step.activation)
+    return _failed_in_service(counted, step, Aftermath.ROLLED_BACK)
+
+
+def _failed_in_service(
+    serving: slots.Serving, step: plan.Rollback | plan.Fallback, aftermath: Aftermath
+) -> slots.Rejected:
     return slots.Rejected(
-        version=trial.installed.version,
-        digest=trial.digest,
-        attempt=trial.attempt,
-        activation=trial.activation,
+        version=serving.installed.version,
+        digest=serving.digest,
+        attempt=serving.attempt,
+        activation=serving.activation,
         code=step.code,
         detail=step.detail,
         stage="trial",
-        variant=trial.installed.variant,
-        accelerator=trial.installed.accelerator,
-        aftermath=slots.aftermath(before),
+        variant=serving.installed.variant,
+        accelerator=serving.installed.accelerator,
+        aftermath=aftermath,
     )
 
 

@@ -1,13 +1,14 @@
 """What the device is now: its stores, its engine's lanes and its last failures, as values for the planner."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
 
-from agent.core import health, plan, slots, variants
+from agent.core import blame, health, plan, slots, variants
+from agent.core.blame import Suspect
 from agent.core.layout import Layout
 from agent.core.settings import AgentSettings, Lane
 from agent.core.slots import Installed, Serving, Slots
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 DESIRED: Final = "desired"
 ETAG: Final = "etag"
 FIT: Final = "fit/"
-DAMAGE: Final = frozenset({"package.file_mismatch", "package.file_missing"})
-"""Codes of a lane whose files are not what they were when they came."""
 
 
 class Machine(Struct, frozen=True):
@@ -63,12 +62,18 @@ class World:
         self.state = state
         self.desired: Desired | None = state.get(DESIRED, Desired)
         self.lanes: dict[str, LaneState] = {}
+        self.heard: dict[str, float] = {}
+        """When each lane spoke last, by the monotonic clock."""
         self.failures: dict[Sha256, plan.Failure] = {}
         self.not_before: dict[Sha256, float] = {}
         self.troubles: dict[Sha256, tuple[ErrorCode, str]] = {}
         """Errors that will be tried again, by digest."""
-        self.crashed: dict[Name, str] = {}
-        """Models whose trial was in service when the engine died."""
+        self._crashed: dict[Name, tuple[Serving, str]] = {}
+        """Trials that were in service when the engine died, and how."""
+        self._works: set[str] = set()
+        """Lanes whose source has given rows that were scored."""
+        self._failing: dict[Name, tuple[Serving, float]] = {}
+        """Confirmed versions of which a lane has failed, and since when."""
         self._watches: dict[Name, tuple[Serving, health.Watch]] = {}
         self._manifests: dict[Sha256, Manifest] = {}
         self._fits: dict[str, FitResult] = state.scan(FIT, FitResult)
@@ -135,7 +140,7 @@ class World:
         if found.trial is None:
             return False
         lanes = self._lanes_seen(found.model_name, found.trial)
-        return all(lane.serves_trial and lane.state in {"running", "calibrating"} for lane in lanes)
+        return all(lane.serves and lane.state in {"running", "calibrating"} for lane in lanes)
 
     def lanes_of(self, model_name: Name) -> list[Lane]:
         """Return the configured lanes of a model."""
@@ -145,10 +150,25 @@ class World:
         """Return what the engine shall run: whatever serves and has its files."""
         specs = []
         for lane in self.settings.lanes:
-            serving = self.slots.get(lane.model).serving
-            if serving is not None and self.intact(serving.installed):
+            serving = self.in_service(self.slots.get(lane.model))
+            if serving is not None:
                 specs.append(self._lane_spec(lane, serving))
         return tuple(specs)
+
+    def in_service(self, found: Slots) -> Serving | None:
+        """Return what shall run of a model now: while files of it are lost, what it came after stands in."""
+        last = None if found.last_good is None else Serving(found.last_good)
+        return next((s for s in (found.serving, found.active, last) if s and self.intact(s.installed)), None)
+
+    def engine_died(self, suspects: Collection[Suspect], detail: str, *, soon: bool) -> None:
+        """Charge whoever is to blame, a confirmed version durably. Raises ``storage.*``."""
+        verdict = blame.sentence(self.slots.all(), suspects)
+        if verdict.crashed is not None:
+            trial = self.slots.get(verdict.crashed).trial
+            if trial is not None:
+                self._crashed[verdict.crashed] = (trial, detail)
+        if verdict.charged is not None:
+            self.slots.save(slots.died(self.slots.get(verdict.charged), soon=soon))
 
     def fitted(self, lane: str, digest: Sha256, fit: FitResult) -> None:
         """Keep a calibration, durably."""
@@ -156,11 +176,18 @@ class World:
         self._fits[key] = fit
         self.state.put({FIT + key: fit})
 
-    def lane_said(self, state: LaneState) -> None:
+    def forget_lanes(self) -> None:
+        """What the lanes said is of no account any more: the engine cannot be heard, or is another."""
+        self.lanes.clear()
+        self.heard.clear()
+
+    def lane_said(self, state: LaneState, now: float) -> None:
         """Take a lane's state; files that it found damaged are deleted, so that they are fetched again."""
         before = self.lanes.get(state.lane)
-        self.lanes[state.lane] = state
-        if state.code not in DAMAGE or (before is not None and before.code == state.code):
+        self.lanes[state.lane], self.heard[state.lane] = state, now
+        if state.windows:
+            self._works.add(state.lane)
+        if state.code not in health.DAMAGE or (before is not None and before.code == state.code):
             return
         for installed in self.slots.get(state.model_name).installed():
             for sha256 in (installed.digest, *installed.files.values()):
@@ -219,18 +246,47 @@ class World:
         name, trial = found.model_name, found.trial
         if trial is None:
             self._watches.pop(name, None)
-            self.crashed.pop(name, None)
-            return health.Verdict()
-        if name in self.crashed:
-            return health.crashed(self.crashed[name])
+            self._crashed.pop(name, None)
+            return self._verdict_on_confirmed(found, now)
+        self._failing.pop(name, None)
+        crashed = self._crashed.get(name)
+        if crashed is not None and crashed[0] == trial:
+            return health.crashed(crashed[1])
         before = self._watches.get(name)
-        lanes = self._lanes_seen(name, trial)
+        lanes = self._lanes_seen(name, trial, now)
         seen = health.watch(before[1] if before is not None and before[0] == trial else None, lanes, now)
         self._watches[name] = (trial, seen)
         return health.judge(seen, lanes, now, trial_s=self.reporting.trial_s, starts=found.trial_starts)
 
-    def _lanes_seen(self, model_name: Name, trial: Serving) -> list[health.LaneSeen]:
-        return [lane_seen(lane.name, self.lanes.get(lane.name), trial) for lane in self.lanes_of(model_name)]
+    def _verdict_on_confirmed(self, found: Slots, now: float) -> health.Verdict:
+        name, active = found.model_name, found.active
+        if active is None:
+            return health.Verdict()
+        lanes = self._lanes_seen(name, active, now)
+        before = self._failing.get(name)
+        if any(health.ails(lane) for lane in lanes):
+            if before is None or before[0] != active:
+                before = self._failing[name] = (active, now)
+        elif before is not None and (before[0] != active or any(lane.serves for lane in lanes)):
+            self._failing.pop(name)
+            before = None
+        failed_s = 0.0 if before is None else now - before[1]
+        return health.judge_confirmed(lanes, failed_s, found.deaths)
+
+    def _lanes_seen(
+        self, model_name: Name, serving: Serving, now: float | None = None
+    ) -> list[health.LaneSeen]:
+        """Return a model's lanes as they concern a version; without ``now`` whenever they spoke."""
+        return [
+            lane_seen(
+                lane.name,
+                self.lanes.get(lane.name),
+                serving,
+                silent=now is not None and now - self.heard.get(lane.name, now) > health.STALE_S,
+                source_works=lane.name in self._works,
+            )
+            for lane in self.lanes_of(model_name)
+        ]
 
     def _lane_spec(self, lane: Lane, serving: Serving) -> LaneSpec:
         installed = serving.installed
@@ -256,11 +312,13 @@ class World:
         return f"{self.machine.device}/{digest}/{lane}"
 
 
-def lane_seen(name: str, state: LaneState | None, trial: Serving) -> health.LaneSeen:
-    """Return a lane as the judge of a trial sees it; what concerns another session counts as loading."""
+def lane_seen(
+    name: str, state: LaneState | None, serving: Serving, *, silent: bool = False, source_works: bool = False
+) -> health.LaneSeen:
+    """Return a lane as a version's judge sees it; what concerns another session counts as loading."""
     if state is None:
         return health.LaneSeen(name)
-    mine = (trial.digest, trial.activation)
+    mine = (serving.digest, serving.activation)
     serves = (state.digest, state.activation) == mine
     concerns = serves or (state.wanted_digest, state.wanted_activation) == mine
     if not concerns:
@@ -268,12 +326,13 @@ def lane_seen(name: str, state: LaneState | None, trial: Serving) -> health.Lane
     failed = state.state == "failed" or not serves
     return health.LaneSeen(
         lane=name,
-        state=state.state,
-        serves_trial=serves,
+        state="silent" if silent and state.state != "failed" else state.state,
+        serves=serves,
         code=state.code if failed else None,
         detail=state.detail,
         windows=state.windows,
         errors=state.errors,
+        source_works=source_works,
     )
 
 

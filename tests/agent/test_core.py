@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core import backoff, health, outbox, settings, standing, variants
+from agent.core.blame import Sentence, Suspect, sentence
 from agent.core.health import Judgement, LaneSeen
+from agent.core.slots import Installed, Serving, Slots
 from contract.errors import PitheadError
 from contract.manifest import FileRef, Golden, Manifest, Provenance, TensorSpec, Variant
 from contract.messages import AckRange, AssignmentState, PriorityClass
 
-RUNNING = LaneSeen("a", "running", serves_trial=True, windows=5)
+RUNNING = LaneSeen("a", "running", serves=True, windows=5)
 
 
 @dataclass
@@ -24,9 +26,15 @@ class Trial:
     starts: int = 0
     watch: health.Watch | None = None
     now: float = field(default=100.0)
+    scored: int = 0
 
-    def look(self, *lanes: LaneSeen, after: float = 0.0) -> health.Verdict:
+    def look(self, *lanes: LaneSeen, after: float = 0.0, scoring: bool = True) -> health.Verdict:
         self.now += after
+        if scoring:
+            lanes = tuple(
+                msgspec.structs.replace(s, windows=s.windows + self.scored) if s.windows else s for s in lanes
+            )
+            self.scored += 1
         self.watch = health.watch(self.watch, lanes, self.now)
         return health.judge(self.watch, lanes, self.now, trial_s=10.0, starts=self.starts)
 
@@ -54,7 +62,7 @@ def test_the_time_counts_from_when_all_lanes_serve_the_trial():
 
 
 def test_a_calibration_may_take_its_time():
-    trial, calibrating = Trial(), LaneSeen("a", "calibrating", serves_trial=True)
+    trial, calibrating = Trial(), LaneSeen("a", "calibrating", serves=True)
     for _ in range(10):
         assert trial.look(calibrating, after=health.LOAD_S).judgement is Judgement.PENDING
     trial.look(RUNNING, after=1.0)
@@ -64,10 +72,10 @@ def test_a_calibration_may_take_its_time():
 @pytest.mark.parametrize(
     "lane",
     [
-        LaneSeen("a", "failed", serves_trial=True, code="inference.run_failed"),
-        LaneSeen("a", "running", serves_trial=False, code="inference.load_failed"),
+        LaneSeen("a", "failed", serves=True, code="inference.run_failed"),
+        LaneSeen("a", "running", serves=False, code="inference.load_failed"),
         LaneSeen("a", "failed"),
-        LaneSeen("a", "running", serves_trial=True, windows=20, errors=3),
+        LaneSeen("a", "running", serves=True, windows=20, errors=3),
     ],
 )
 def test_failures_and_errors_are_bad_at_once(lane: LaneSeen):
@@ -77,12 +85,12 @@ def test_failures_and_errors_are_bad_at_once(lane: LaneSeen):
 
 
 def test_a_rare_error_is_not_bad():
-    lane = LaneSeen("a", "running", serves_trial=True, windows=1000, errors=3)
+    lane = LaneSeen("a", "running", serves=True, windows=1000, errors=3)
     assert Trial().look(lane).judgement is Judgement.PENDING
 
 
 def test_a_broken_sensor_is_not_the_version_s_fault_for_a_while():
-    trial, lane = Trial(), LaneSeen("a", "failed", serves_trial=True, code="source.failed")
+    trial, lane = Trial(), LaneSeen("a", "failed", serves=True, code="source.failed")
     assert trial.look(lane).judgement is Judgement.PENDING
     assert trial.look(lane, after=health.LOAD_S + 1).judgement is Judgement.PENDING
     assert trial.look(lane, after=health.SOURCE_S).judgement is Judgement.BAD
@@ -92,6 +100,72 @@ def test_a_session_that_never_serves_is_bad():
     trial = Trial()
     trial.look(LaneSeen("a"))
     assert trial.look(LaneSeen("a"), after=health.LOAD_S).judgement is Judgement.BAD
+
+
+def test_a_wrong_setting_is_the_version_s_fault_only_where_the_source_has_worked():
+    lane = LaneSeen("a", "failed", serves=True, code="config.invalid")
+    assert Trial().look(lane).judgement is Judgement.PENDING
+    worked = msgspec.structs.replace(lane, source_works=True)
+    assert Trial().look(worked).judgement is Judgement.BAD
+
+
+def test_a_lane_that_falls_silent_is_not_good():
+    trial, silent = Trial(), msgspec.structs.replace(RUNNING, state="silent")
+    trial.look(RUNNING)
+    for _ in range(8):
+        assert trial.look(silent, after=2.0).judgement is Judgement.PENDING
+    trial.look(RUNNING, after=1.0)
+    assert trial.look(RUNNING, after=9.0).judgement is Judgement.PENDING
+    assert trial.look(RUNNING, after=1.0).judgement is Judgement.GOOD
+
+
+def test_a_source_that_stops_neither_confirms_nor_ends_a_trial():
+    trial = Trial()
+    trial.look(RUNNING)
+    for _ in range(4):
+        verdict = trial.look(RUNNING, after=health.SOURCE_S, scoring=False)
+        assert verdict.judgement is Judgement.PENDING
+    assert trial.look(msgspec.structs.replace(RUNNING, windows=6)).judgement is Judgement.GOOD
+
+
+def test_a_confirmed_version_is_bad_when_it_cannot_serve_for_long():
+    failed = LaneSeen("a", "failed", code="inference.load_failed")
+    assert health.judge_confirmed([failed], health.LOAD_S - 1, 0).judgement is Judgement.PENDING
+    assert health.judge_confirmed([failed], health.LOAD_S, 0).judgement is Judgement.BAD
+    assert health.judge_confirmed([RUNNING], 0.0, health.MAX_DEATHS - 1).judgement is Judgement.PENDING
+    verdict = health.judge_confirmed([RUNNING], 0.0, health.MAX_DEATHS)
+    assert (verdict.judgement, verdict.code) == (Judgement.BAD, "trial.crashed")
+    for code in ("source.failed", "config.invalid", "package.file_mismatch"):
+        blameless = LaneSeen("a", "failed", serves=True, code=code)
+        assert health.judge_confirmed([blameless], 1e6, 0).judgement is Judgement.PENDING
+
+
+def serving(version: str, confirmed_at: int = 0) -> Serving:
+    return Serving(Installed(version, version[0] * 64, "int8", "cpu", {}), confirmed_at=confirmed_at)
+
+
+def suspect(model: str, version: str) -> Suspect:
+    return Suspect(model, version[0] * 64, 0)
+
+
+def test_a_death_is_blamed_on_what_was_at_work_the_newest_change_first():
+    last = serving("1.0.0").installed
+    pump = Slots("pump", active=serving("2.0.0", confirmed_at=5), last_good=last)
+    fan = Slots("fan", active=serving("2.0.0", confirmed_at=9), last_good=last)
+    bare = Slots("bare", active=serving("2.0.0", confirmed_at=99))
+    found = {s.model_name: s for s in (pump, fan, bare)}
+    everybody = {suspect(name, "2.0.0") for name in found}
+    assert sentence(found, everybody) == Sentence(charged="fan")
+    assert sentence(found, {suspect("pump", "2.0.0")}) == Sentence(charged="pump")
+    assert sentence(found, {suspect("pump", "1.0.0")}) == Sentence()
+    found["fan"] = msgspec.structs.replace(fan, trial=serving("3.0.0"))
+    assert sentence(found, everybody) == Sentence(charged="pump")
+    everybody.add(suspect("fan", "3.0.0"))
+    assert sentence(found, everybody) == Sentence(crashed="fan")
+    found["pump"] = msgspec.structs.replace(pump, trial=serving("3.0.0"))
+    assert sentence(found, everybody | {suspect("pump", "3.0.0")}) == Sentence()
+    found = {"pump": msgspec.structs.replace(pump, trial=serving("1.0.0"))}
+    assert sentence(found, {suspect("pump", "1.0.0")}) == Sentence(), "it was good once"
 
 
 def test_a_trial_that_uses_up_engines_is_bad():

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from agent.core import plan
 from agent.core import slots as slot
-from agent.core.health import Judgement, Verdict
+from agent.core.health import Judgement, Verdict, judge_confirmed
 from agent.core.plan import (
     Activate,
     Confirm,
     Discard,
     Failure,
+    Fallback,
     Fetch,
     Goal,
     Observed,
@@ -34,7 +35,8 @@ SICK = "3.0.0"  # passes its probe, fails its trial
 WRONG = "4.0.0"  # fails its probe in every variant
 FORGED = "5.0.0"  # a file differs from its signed hash
 PICKY = "6.0.0"  # only its second variant passes the probe
-VERSIONS = (GOOD, BETTER, SICK, WRONG, FORGED, PICKY)
+LATE = "7.0.0"  # passes its trial, and takes engines down afterwards
+VERSIONS = (GOOD, BETTER, SICK, WRONG, FORGED, PICKY, LATE)
 KEEPS = {GOOD, BETTER, PICKY}
 VARIANTS = ("fast", "safe")
 
@@ -53,8 +55,11 @@ class Device:
     removed: bool = False
 
     def judge(self) -> None:
+        active = self.slots.active
         if self.slots.trial is None:
-            self.verdict = Verdict()
+            if active is not None and active.installed.version == LATE:
+                self.slots = slot.died(self.slots, soon=True)
+            self.verdict = judge_confirmed([], 0.0, self.slots.deaths)
         else:
             sick = self.versions[self.slots.trial.digest] == SICK
             self.verdict = Verdict(Judgement.BAD if sick else Judgement.GOOD)
@@ -82,7 +87,7 @@ class Device:
 
     def run(self, desired: Desired, steps: int = 60) -> None:
         for _ in range(steps):
-            if self.step(desired) is None:
+            if self.step(desired) is None and not (self.slots.deaths and self.slots.last_good):
                 return
         if steps == 60:
             pytest.fail(f"no rest: {self.observe()}")
@@ -104,6 +109,9 @@ class Device:
                 self.slots = slot.confirm(self.slots)
             case Rollback():
                 self.slots = slot.roll_back(self.slots, None if step.superseded else self.rejected(step))
+            case Fallback():
+                assert self.slots.last_good is not None
+                self.slots = slot.fall_back(self.slots, self.given_up(step))
             case Reject():
                 f = step.failure
                 self.failures.pop(step.wanted.manifest_sha256, None)
@@ -136,6 +144,19 @@ class Device:
             return
         installed = Installed(wanted.version, wanted.manifest_sha256, step.variant, "cpu", {"m": "0" * 64})
         self.slots = slot.stage(self.slots, installed)
+
+    def given_up(self, step: Fallback) -> slot.Rejected:
+        active = self.slots.active
+        assert active is not None
+        return slot.Rejected(
+            version=active.installed.version,
+            digest=active.digest,
+            attempt=step.attempt,
+            activation=step.activation,
+            code=step.code,
+            stage="trial",
+            aftermath=Aftermath.ROLLED_BACK,
+        )
 
     def rejected(self, step: Rollback) -> slot.Rejected:
         trial = self.slots.trial
@@ -209,15 +230,51 @@ def test_any_history_ends_at_the_last_wish(orders: list[Order], last: str):
     found = device.slots
     assert found.trial is None
     assert found.active is not None
-    assert found.active.installed.version not in {SICK, WRONG, FORGED}
+    if found.last_good is not None or found.active.installed.version != LATE:
+        assert found.active.installed.version not in {SICK, WRONG, FORGED, LATE}
     assert not {WRONG, FORGED} & set(device.served)
     if last in KEEPS:
         assert (found.active.installed.version, found.active.activation) == (last, 3)
         assert standing(goal, device.observe()).state is AssignmentState.CONFIRMED
     else:
         ended = standing(goal, device.observe())
-        assert ended.state is (AssignmentState.ROLLED_BACK if last == SICK else AssignmentState.REFUSED)
+        tried = last in {SICK, LATE}
+        assert ended.state is (AssignmentState.ROLLED_BACK if tried else AssignmentState.REFUSED)
         assert ended.code is not None
+
+
+def test_a_confirmed_version_that_kills_engines_gives_way_to_the_one_before_and_waits_for_an_order():
+    device = Device()
+    device.run(wish(order(GOOD)))
+    device.run(wish(order(LATE, rollout="r")))
+    assert device.slots.active is not None
+    assert device.slots.active.installed.version == GOOD
+    told = standing(order(LATE, rollout="r"), device.observe())
+    assert (told.state, told.code) == (AssignmentState.ROLLED_BACK, "trial.crashed")
+    assert told.aftermath is Aftermath.ROLLED_BACK
+    assert device.step(wish(order(LATE))) is None
+    served = len(device.served)
+    device.run(wish(order(LATE, attempt=1)))
+    assert LATE in device.served[served:]
+    assert device.slots.active.installed.version == GOOD
+
+
+def test_going_back_by_order_comes_before_falling_back():
+    device = Device()
+    device.run(wish(order(GOOD)))
+    device.run(wish(order(BETTER)))
+    seen = msgspec.structs.replace(device.observe(), verdict=Verdict(Judgement.BAD, "trial.crashed"))
+    back = order(GOOD, activation=1)
+    assert plan.next_step(Goal(back), seen, 0.0) == Activate(back)
+    assert isinstance(plan.next_step(Goal(order(SICK)), seen, 0.0), Fallback), "nothing serves meanwhile"
+    assert isinstance(plan.plan(None, {"pump": seen}, 0.0)["pump"], Fallback)
+    refused = slot.reject(
+        device.slots, slot.Rejected(GOOD, back.manifest_sha256, 0, 1, "trial.crashed", stage="trial")
+    )
+    seen = msgspec.structs.replace(seen, slots=refused)
+    assert isinstance(plan.next_step(Goal(back), seen, 0.0), Fallback)
+    gone = msgspec.structs.replace(seen, broken=frozenset({back.manifest_sha256}))
+    assert plan.next_step(Goal(back), gone, 0.0) is None, "what it would go back to is damaged"
 
 
 def test_a_rejected_version_waits_for_a_higher_attempt():

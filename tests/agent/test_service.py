@@ -6,13 +6,15 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
-from agent.core import health, slots
+from agent.core import health, plan, slots
+from agent.core.blame import SOON_S
 from agent.core.layout import Layout
 from agent.core.plan import Fetch
 from agent.core.settings import AgentSettings, Lane
@@ -23,6 +25,7 @@ from agent.service.children import Children, Download
 from agent.service.engine_process import EngineKeeper
 from agent.service.intake import MOST_UNSTORED, Intake
 from agent.service.reporting import Clock, Reporter
+from agent.service.steps import Steps
 from agent.service.world import Machine, World, lane_seen
 from agent.store.objects import ObjectStore
 from agent.store.outbox import Outbox
@@ -31,6 +34,7 @@ from agent.store.state import StateStore
 from contract import codec
 from contract.errors import PitheadError
 from contract.messages import Anomaly, Desired, Envelope, ModelAssignment, PriorityClass, Receipt, Reported
+from tests.agent.conftest import Assign
 
 DEVICE = "dev-test0001"
 Wait = Callable[..., None]
@@ -72,8 +76,7 @@ class Bench:
         )
 
     def install(self, wanted: ModelAssignment) -> Installed:
-        digest, model = self.objects.put(b"manifest"), self.objects.put(b"model")
-        assert digest != wanted.manifest_sha256
+        digest, model = self.objects.put(f"manifest {wanted.version}".encode()), self.objects.put(b"model")
         return Installed(wanted.version, digest, "int8", "cpu", {"model.onnx": model})
 
     def records(self, priority: PriorityClass) -> list[Envelope]:
@@ -101,6 +104,9 @@ def product(n: int) -> Product:
 
 def hello(pid: int = 7) -> Hello:
     return Hello(pid, 1000, {})
+
+
+CLOCK = Clock(wall=lambda: 5, mono=lambda: 6)
 
 
 def intake(bench: Bench) -> Intake:
@@ -148,48 +154,201 @@ def test_while_the_disk_takes_nothing_products_wait_and_the_engine_is_held(bench
 # --- trials
 
 
-def on_trial(bench: Bench, assign: Callable[..., ModelAssignment], **more: int) -> Slots:
+def on_trial(bench: Bench, assign: Assign, **more: int) -> Slots:
     installed = bench.install(assign("2.0.0"))
     found = Slots("pump", trial=Serving(installed, activation=3), **more)
     bench.world.slots.save(found)
     return found
 
 
-def test_an_engine_that_dies_under_watch_ends_the_trial(bench: Bench, assign: Callable[..., ModelAssignment]):
-    on_trial(bench, assign)
-    watching = intake(bench)
-    watching.started()
-    watching.said(events.EngineSaid(1, hello()))
+@dataclass
+class Engines:
+    """Engines that come, are told what to run, say that they do, and die."""
+
+    bench: Bench
+    intake: Intake
+    n: int = 0
+
+    def start(self, *, new: bool = True) -> None:
+        if new:
+            self.n += 1
+            self.intake.started()
+        self.intake.said(events.EngineSaid(self.n, hello(pid=self.n)))
+        self.intake.configure()
+
+    def say(self, state: LaneState) -> None:
+        self.intake.said(events.EngineSaid(self.n, state))
+
+    def run(self, serving: Serving, *, new: bool = True) -> None:
+        self.start(new=new)
+        self.say(LaneState("line", "pump", "running", serving.digest, serving.activation, windows=3))
+
+    def die(self) -> None:
+        self.intake.lost(events.EngineLost(self.n, "closed"))
+
+    def step(self, desired: Desired) -> plan.Step | None:
+        """Execute one step on the slots, as the loop does."""
+        bench = self.bench
+        reporter = Reporter(bench.world, bench.outbox, CLOCK)
+        steps = Steps(
+            bench.world, Children(bench.layout, bench.box.put), reporter,
+            now=lambda: bench.now, wall=lambda: 1, fraction=lambda: 0.0,
+        )  # fmt: skip
+        step = plan.plan(desired, bench.world.observe(bench.now), bench.now).get("pump")
+        if step is not None and not isinstance(step, plan.TASKS):
+            steps.execute("pump", step)
+        return step
+
+
+@pytest.fixture
+def engines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    monkeypatch.setattr(bench.engine, "send", lambda _message: True)
+    return Engines(bench, intake(bench))
+
+
+def installed_order(bench: Bench, assign: Assign, version: str, **more: int) -> ModelAssignment:
+    """Return an order for a version whose files are here."""
+    return assign(version, manifest_sha256=bench.install(assign(version)).digest, **more)
+
+
+def test_an_engine_that_dies_under_watch_ends_the_trial(bench: Bench, engines: Engines, assign: Assign):
+    trial = on_trial(bench, assign).trial
+    assert trial is not None
+    engines.run(trial)
     verdict = bench.world.observe(0.0)["pump"].verdict
     assert verdict.judgement is health.Judgement.PENDING
     assert bench.world.slots.get("pump").trial_starts == 1
-    watching.lost(events.EngineLost(1, "closed"))
-    watching.started()
+    engines.die()
+    engines.start()
     verdict = bench.world.observe(0.0)["pump"].verdict
     assert (verdict.judgement, verdict.code) == (health.Judgement.BAD, "trial.crashed")
 
 
-def test_an_engine_that_survives_its_supervisor_is_no_crash(
-    bench: Bench, assign: Callable[..., ModelAssignment]
+def test_a_way_back_ordered_while_the_engine_is_dead_is_not_blamed_for_it(
+    bench: Bench, engines: Engines, assign: Assign, desire: Callable[..., Desired]
 ):
-    on_trial(bench, assign)
-    watching = intake(bench)
+    """The confirmed version kills the engine; while the next one waits, the fleet orders a rollback."""
+    bad, good = bench.install(assign("2.0.0")), bench.install(assign("1.0.0"))
+    active = Serving(bad, activation=2)
+    bench.world.slots.save(Slots("pump", active=active, last_good=good))
+    engines.run(active)
+    engines.die()
+    back = desire(installed_order(bench, assign, "1.0.0", activation=3))
+    assert isinstance(engines.step(back), plan.Activate)
+    trial = bench.world.slots.get("pump").trial
+    assert trial is not None
+    engines.run(trial)
+    assert engines.step(back) is None
+    for _ in range(health.MAX_STARTS - 1):  # it was good once: one death more proves nothing
+        engines.die()
+        engines.run(trial)
+        assert engines.step(back) is None
+    assert bench.world.slots.get("pump").serving == trial
+    engines.die()
+    engines.run(trial)
+    assert isinstance(engines.step(back), plan.Rollback)
+
+
+def test_a_confirmed_version_that_kills_engines_is_given_up_also_across_restarts(
+    bench: Bench, engines: Engines, assign: Assign, desire: Callable[..., Desired]
+):
+    good = bench.install(assign("1.0.0"))
+    wanted = installed_order(bench, assign, "2.0.0", activation=2, attempt=1)
+    active = Serving(bench.install(wanted), activation=2)
+    bench.world.slots.save(Slots("pump", active=active, last_good=good))
+    for n in range(health.MAX_DEATHS):
+        assert engines.step(desire(wanted)) is None
+        engines.run(active)
+        if n == 2:
+            bench.world = bench.restarted()
+            engines.intake = intake(bench)
+            engines.run(active, new=False)
+        engines.die()
+    engines.start()
+    step = engines.step(desire(wanted))
+    assert isinstance(step, plan.Fallback)
+    found = bench.world.slots.get("pump")
+    assert found.active == Serving(good)
+    assert [(r.version, r.attempt, r.code) for r in found.rejected] == [("2.0.0", 1, "trial.crashed")]
+    assert engines.step(desire(wanted)) is None
+
+
+def test_an_engine_that_lived_long_begins_a_new_count(bench: Bench, engines: Engines, assign: Assign):
+    active = Serving(bench.install(assign("2.0.0")))
+    before = Slots("pump", active=active, last_good=bench.install(assign("1.0.0")), deaths=4)
+    bench.world.slots.save(before)
+    engines.run(active)
+    bench.now += SOON_S
+    engines.die()
+    engines.start()
+    assert bench.world.slots.get("pump").deaths == 1
+
+
+def test_a_confirmed_version_that_does_not_load_is_given_up_in_time(
+    bench: Bench, engines: Engines, assign: Assign, desire: Callable[..., Desired]
+):
+    wanted = installed_order(bench, assign, "2.0.0")
+    active = Serving(bench.install(wanted))
+    bench.world.slots.save(Slots("pump", active=active, last_good=bench.install(assign("1.0.0"))))
+    engines.start()
+    for _ in range(2):
+        engines.say(
+            LaneState("line", "pump", "failed", wanted_digest=active.digest, code="inference.load_failed")
+        )
+        assert engines.step(desire(wanted)) is None
+        bench.now += health.LOAD_S
+        engines.say(LaneState("line", "pump", "running", active.digest))
+        assert engines.step(desire(wanted)) is None
+    engines.say(
+        LaneState("line", "pump", "failed", wanted_digest=active.digest, code="inference.load_failed")
+    )
+    assert engines.step(desire(wanted)) is None
+    bench.now += health.LOAD_S
+    assert isinstance(engines.step(desire(wanted)), plan.Fallback)
+
+
+def test_while_files_in_service_are_damaged_the_version_before_stands_in(
+    bench: Bench, assign: Assign, desire: Callable[..., Desired]
+):
+    good = bench.install(assign("1.0.0"))
+    wanted = installed_order(bench, assign, "2.0.0")
+    active = Serving(bench.install(wanted))
+    bench.world.slots.save(Slots("pump", active=active, last_good=good))
+    bench.world.take(desire(wanted), "e1")
+    assert [s.version for s in bench.world.lane_specs()] == ["2.0.0"]
+    bench.objects.path(active.digest).unlink()
+    assert [s.version for s in bench.world.lane_specs()] == ["1.0.0"]
+    reporter = Reporter(bench.world, bench.outbox, CLOCK)
+    (told,) = reporter.document(bench.world.observe(0.0)).models
+    assert (told.code, told.rejected) == ("storage.corrupt", ())
+    bench.install(wanted)
+    assert [s.version for s in bench.world.lane_specs()] == ["2.0.0"]
+
+
+def test_an_engine_that_survives_a_lost_connection_is_no_crash(
+    bench: Bench, engines: Engines, assign: Assign
+):
+    trial = on_trial(bench, assign).trial
+    assert trial is not None
+    watching = engines.intake
     watching.said(events.EngineSaid(1, hello()))
+    watching.configure()
+    watching.said(events.EngineSaid(1, LaneState("line", "pump", "running", trial.digest, 3)))
     watching.lost(events.EngineLost(1, "closed"))
     watching.said(events.EngineSaid(2, hello()))
+    watching.configure()
     assert bench.world.observe(0.0)["pump"].verdict.judgement is health.Judgement.PENDING
     assert bench.world.slots.get("pump").trial_starts == 0
 
 
 def test_a_trial_that_takes_the_device_down_again_and_again_is_given_up(
-    bench: Bench, assign: Callable[..., ModelAssignment]
+    bench: Bench, engines: Engines, assign: Assign
 ):
     on_trial(bench, assign)
     for _ in range(health.MAX_STARTS + 1):
         bench.world = bench.restarted()
-        watching = intake(bench)
-        watching.started()
-        watching.said(events.EngineSaid(1, hello()))
+        engines.intake = intake(bench)
+        engines.start()
     assert bench.world.observe(0.0)["pump"].verdict.code == "trial.crashed"
 
 
@@ -226,15 +385,13 @@ def test_a_lane_counts_for_its_own_session_only(
     code: str | None,
 ):
     lane = lane_seen("line", state, TRIAL)
-    assert (lane.serves_trial, lane.state, lane.code) == (serves, seen, code)
+    assert (lane.serves, lane.state, lane.code) == (serves, seen, code)
 
 
 # --- what the engine is told
 
 
-def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(
-    bench: Bench, assign: Callable[..., ModelAssignment]
-):
+def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(bench: Bench, assign: Assign):
     found = on_trial(bench, assign)
     assert found.trial is not None
     installed = found.trial.installed
@@ -247,15 +404,13 @@ def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(
     path = Path(spec.files["model.onnx"])
     path.write_bytes(b"other")
     failed = LaneState("line", "pump", "failed", installed.digest, 3, code="package.file_mismatch")
-    world.lane_said(failed)
+    world.lane_said(failed, 0.0)
     assert not path.exists()
     assert world.lane_specs() == ()
     assert installed.digest in world.observe(0.0)["pump"].broken
 
 
-def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(
-    bench: Bench, assign: Callable[..., ModelAssignment]
-):
+def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(bench: Bench, assign: Assign):
     found = on_trial(bench, assign)
     assert found.trial is not None
     installed = found.trial.installed
@@ -274,7 +429,7 @@ def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(
 
 
 def test_receipts_are_made_up_for_after_a_power_cut_and_not_repeated(
-    bench: Bench, assign: Callable[..., ModelAssignment], desire: Callable[..., Desired]
+    bench: Bench, assign: Assign, desire: Callable[..., Desired]
 ):
     clock = Clock(wall=lambda: 5, mono=lambda: 6)
     bench.world.take(desire(assign("1.0.0", rollout="r")), "e1")
@@ -340,9 +495,7 @@ def running(bench: Bench) -> Iterator[Children]:
             thread.join(20)
 
 
-def test_an_update_process_that_fails_leaves_a_code(
-    bench: Bench, running: Children, assign: Callable[..., ModelAssignment]
-):
+def test_an_update_process_that_fails_leaves_a_code(bench: Bench, running: Children, assign: Assign):
     step = Fetch(assign("1.0.0"))
     running.fetch(step, [Download("models/pump/1.0.0/manifest.json", "a" * 64, 10)])
     assert running.running("pump") == step
@@ -360,7 +513,7 @@ def test_an_update_process_that_fails_leaves_a_code(
 
 
 def test_a_cancelled_task_says_nothing_and_two_never_write_at_once(
-    bench: Bench, running: Children, assign: Callable[..., ModelAssignment], wait_until: Wait
+    bench: Bench, running: Children, assign: Assign, wait_until: Wait
 ):
     holder = bench.layout.update_lock
     holder.touch()
