@@ -34,6 +34,15 @@ CANARY: Final[dict[str, Any]] = {
     ],
 }
 """Rates in shares of windows, latency relative: 40 processes on two cores are a noisy clock."""
+ENOUGH: Final = 12
+"""With fewer devices a stage has too few canaries or controls for the gate to decide."""
+SHORT_SOAK: Final = 20
+"""Buckets after which a person is asked, where waiting longer would not help the gate."""
+
+
+def canary(devices: int) -> dict[str, Any]:
+    """Return the policy of a canary rollout among so many devices."""
+    return CANARY if devices >= ENOUGH else {**CANARY, "max_soak_buckets": SHORT_SOAK}
 
 
 def everybody_may_refuse(devices: int) -> dict[str, Any]:

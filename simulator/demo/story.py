@@ -122,7 +122,7 @@ class Story:
         """Version 2 by canary; one device loses its power in the middle of the install."""
         with self.tell.chapter("Version 2.0.0 by canary"):
             self._release("2.0.0")
-            rollout = self._create("2.0.0", policies.CANARY)
+            rollout = self._create("2.0.0", policies.canary(self.n))
             victim = self._cut_power_during_install("2.0.0")
             victim.start()
             ended = self._watch(rollout)
@@ -139,7 +139,7 @@ class Story:
         """Version 3 passes its golden vectors and raises too many alarms: halted and rolled back."""
         with self.tell.chapter("Version 3.0.0 is bad"):
             self._release("3.0.0")
-            rollout = self._create("3.0.0", policies.CANARY)
+            rollout = self._create("3.0.0", policies.canary(self.n))
             ended = self._watch(rollout)
             self.tell.check(
                 "halted and rolled back", f"{ended['state']}: {ended.get('reason', '')}",
@@ -221,11 +221,24 @@ class Story:
                     self.tell.verdict(verdict)
                 shown.add(verdict["id"])
             if seen["pause"] in WAITS_FOR_A_PERSON:
-                self.tell.say(f"an operator looks and approves: {seen['reason']}")
-                self.plant.api.post(f"/api/v1/rollouts/{rollout}/approve", {"reason": "seen and agreed"})
+                self._decide(seen)
             return seen if seen["state"] in ENDED else None
 
         return wait_until(ended, f"rollout {rollout} to end", ROLLOUT_TIMEOUT_S, poll_s=0.5)
+
+    def _decide(self, rollout: dict[str, Any]) -> None:
+        """Do as an operator where the gate may not decide: look at the canaries, go on or back."""
+        path = f"/api/v1/rollouts/{rollout['id']}"
+        self.tell.say(f"waits for a person: {rollout['reason']}")
+        gate = [v for v in self.plant.api.get(f"{path}/verdicts") if v["kind"] == "gate"]
+        shifts = {m["metric"]: m["shift"] for m in gate[-1]["numbers"]["look"]["metrics"]} if gate else {}
+        margins = {m["name"]: m["margin"] for m in rollout["policy"]["metrics"]}
+        worse = [name for name, shift in shifts.items() if shift is not None and shift > margins[name]]
+        seen = ", ".join(f"{name} {shift:+.3f}" for name, shift in shifts.items() if shift is not None)
+        decision = "rollback" if worse else "approve"
+        reason = f"canaries against controls: {seen or 'nothing compared'}"
+        self.tell.say(f"an operator looks at the numbers and says {decision}: {reason}")
+        self.plant.api.post(f"{path}/{decision}", {"reason": reason})
 
     def _serving(self, version: str, total: int) -> None:
         bar = self.tell.bar(f"serving {version}", total)
