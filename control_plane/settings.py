@@ -48,6 +48,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of any request but an upload, which has a limit of its own."""
     quota_bytes: Annotated[int, Meta(ge=1024)] = 4 * 1024**3
     """Of all uploads that no release has taken yet."""
+    require_sandbox: bool = False
+    """Admit no model where the kernel or libseccomp cannot confine the process that opens it."""
     log_level: str = "INFO"
 
     @property

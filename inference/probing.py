@@ -1,7 +1,8 @@
 """Open a new model for the first time, in a child process that may die of it.
 
 The parent's side: light, without numpy or a runtime, so that the agent's
-supervisor can use it. The child is ``inference.probe``.
+supervisor can use it. The child is ``inference.probe``; ``in_child`` serves
+others that have to open what nobody has opened before.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from contract import codec
 from contract.errors import PitheadError
 from contract.manifest import Budget, Manifest, Variant
 from inference import registry
@@ -202,30 +204,42 @@ def _probe(
         parent=os.getpid(),
         require_sandbox=require_sandbox,
     )
-    command = [sys.executable, "-I", "-m", "inference.probe"]
-    answer, stderr, status = _converse(command, msgspec.json.encode(request), limits.wall_s)
-    if status is None:
-        return failed("probe.timeout", f"killed after {limits.wall_s} s")
-    if status != 0:
-        return failed(*_death(status, stderr, limits))
     try:
-        report = msgspec.json.decode(answer, type=ProbeReport)
-    except msgspec.MsgspecError as error:
-        return failed("probe.crashed", f"the probe's answer is not readable: {error}")
+        answer = in_child("inference.probe", msgspec.json.encode(request), limits)
+        report = codec.decode(answer, ProbeReport)
+    except PitheadError as error:
+        unreadable = error.code.startswith("message.")
+        return failed("probe.crashed" if unreadable else error.code, error.detail)
     broken = over_budget(report, manifest.budget) if report.passed else ""
     if broken:
         return msgspec.structs.replace(report, code="probe.over_budget", detail=broken)
     return report
 
 
-def _converse(command: Sequence[str], request: bytes, wall_s: float) -> tuple[bytes, str, int | None]:
+def in_child(module: str, request: bytes, limits: Limits, most: int = MAX_ANSWER) -> bytes:
+    """Return what ``python -m module`` answers to ``request``, at most ``most`` bytes of it.
+
+    Raises ``probe.timeout``, ``probe.crashed`` or ``probe.over_budget`` when it dies first.
+    """
+    command = [sys.executable, "-I", "-m", module]
+    answer, stderr, status = _converse(command, request, limits.wall_s, most)
+    if status is None:
+        raise PitheadError("probe.timeout", f"killed after {limits.wall_s} s")
+    if status != 0:
+        raise PitheadError(*_death(status, stderr, limits))
+    return answer
+
+
+def _converse(
+    command: Sequence[str], request: bytes, wall_s: float, most: int
+) -> tuple[bytes, str, int | None]:
     """Return (stdout, end of stderr, exit status; None when it had to be killed for its time).
 
     What a child says beyond the limits is read and dropped, so that it can neither block nor fill us.
     """
     deadline = time.monotonic() + wall_s
     kept: dict[str, bytes] = {"out": b"", "err": b""}
-    limit = {"out": MAX_ANSWER, "err": MAX_STDERR}
+    limit = {"out": most, "err": MAX_STDERR}
     environment = {
         "PATH": os.defpath,
         "LANG": "C.UTF-8",

@@ -190,8 +190,11 @@ def wrap(
     inputs: Annotated[
         Path | None, typer.Option(help="An .npz with one array per input tensor, a leading axis of vectors.")
     ] = None,
+    require_sandbox: Annotated[
+        bool, typer.Option(help="Refuse to open models where the full sandbox is not available.")
+    ] = False,
 ) -> None:
-    """Package model files from elsewhere, unchanged, with golden vectors recorded here."""
+    """Package model files from elsewhere, unchanged; golden vectors are recorded in a sandbox."""
     from models.wrap import wrap as make  # noqa: PLC0415 - it imports numpy
 
     directory = out / name / version
@@ -205,6 +208,7 @@ def wrap(
             licence=licence,
             source=source,
             inputs=inputs,
+            require_sandbox=require_sandbox,
         )
     except PitheadError as error:
         raise _exit(error) from error

@@ -1,22 +1,21 @@
-"""Make a package of model files that come from elsewhere, unchanged."""
+"""Make a package of model files that come from elsewhere, unchanged.
+
+Nobody knows these files, so they are never opened here: ``models.record``
+does that, in a confined process of its own.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, cast
-
-import numpy as np
+from typing import Final, Literal
 
 from contract.errors import PitheadError
-from contract.manifest import Budget, Golden, Manifest, Provenance, TensorSpec, Variant
+from contract.manifest import Budget, Golden, Manifest, Provenance, Variant
 from inference import registry
-from inference.arithmetic import DTYPES
-from inference.session import Array, Session
-from models import golden, package
+from models import package
 from models.package import reference_to
+from models.record import recorded
 
 FORMATS: Final[Mapping[str, Literal["onnx", "tflite"]]] = {".onnx": "onnx", ".tflite": "tflite"}
-VECTORS: Final = 4
-_SEED: Final = 7
 
 
 def wrap(
@@ -29,14 +28,14 @@ def wrap(
     licence: str,
     source: str,
     inputs: Path | None = None,
+    require_sandbox: bool = False,
 ) -> Manifest:
     """Write a package with one variant for each file; the first file is preferred.
 
     Golden vectors are what the model answers here and now, on the arrays of
     ``inputs`` (an ``.npz``: one array for each tensor, a leading axis of
     vectors) or on random numbers; the tolerance is what this machine's
-    kernels differ by. Raises as ``open_session`` does, and
-    ``inference.bad_input`` for inputs that do not fit.
+    kernels differ by. Raises as ``recorded`` does.
     """
     contents: dict[str, bytes] = {}
     variants: list[Variant] = []
@@ -45,7 +44,8 @@ def wrap(
             raise PitheadError(
                 "inference.runtime_missing", f"{file.name}: the suffix is none of {list(FORMATS)}"
             )
-        variant, parts = _variant(file, len(files) - i, {v.name for v in variants}, inputs)
+        taken = {v.name for v in variants}
+        variant, parts = _variant(file, len(files) - i, taken, inputs, require_sandbox=require_sandbox)
         variants.append(variant)
         contents |= parts
     manifest = Manifest(
@@ -64,19 +64,14 @@ def wrap(
 
 
 def _variant(
-    file: Path, preference: int, taken: set[str], inputs: Path | None
+    file: Path, preference: int, taken: set[str], inputs: Path | None, *, require_sandbox: bool
 ) -> tuple[Variant, dict[str, bytes]]:
     content = registry.read_file(file)
     model_format = FORMATS[file.suffix]
-    runtime = registry.RUNTIMES[model_format]
-    accelerators = tuple(a.name for a in runtime.accelerators if not a.needs)
-    opened = [registry.open_session(content, model_format, a) for a in accelerators]
-    # A delegate that takes no node is no accelerator of this model.
-    sessions = [s for s, a in zip(opened, accelerators, strict=True) if s.accelerator == a]
-    first = sessions[0]
-    feeds = _feeds(first, inputs)
-    vectors = golden.record(first, feeds)
-    integers = any(t.datatype in {"INT8", "UINT8"} for t in first.inputs)
+    seen = recorded(
+        file, reference_to(file.name, content), model_format, inputs, require_sandbox=require_sandbox
+    )
+    integers = any(t.datatype in {"INT8", "UINT8"} for t in seen.inputs)
     quantisation: Literal["int8", "float32"] = "int8" if integers else "float32"
     name = base = f"{quantisation}-{model_format}"
     number = 2
@@ -88,37 +83,11 @@ def _variant(
         file=reference_to(model_path, content),
         format=model_format,
         quantisation=quantisation,
-        inputs=first.inputs,
-        outputs=first.outputs,
-        golden=Golden(
-            reference_to(golden_path, vectors),
-            len(feeds),
-            golden.tolerances(first, golden.spread(sessions, feeds)),
-        ),
-        platform=runtime.platform,
-        accelerators=tuple(s.accelerator for s in sessions),
+        inputs=seen.inputs,
+        outputs=seen.outputs,
+        golden=Golden(reference_to(golden_path, seen.golden), seen.vectors, seen.tolerance),
+        platform=registry.RUNTIMES[model_format].platform,
+        accelerators=seen.accelerators,
         preference=preference,
     )
-    return variant, {model_path: content, golden_path: vectors}
-
-
-def _feeds(session: Session, inputs: Path | None) -> list[dict[str, Array]]:
-    if inputs is None:
-        random = np.random.default_rng(_SEED)
-        return [{t.name: _random(random, t) for t in session.inputs} for _ in range(VECTORS)]
-    try:
-        with np.load(inputs, allow_pickle=False) as arrays:
-            given = {t.name: cast("Array", arrays[t.name]) for t in session.inputs}
-    except (OSError, ValueError, KeyError) as error:
-        raise PitheadError("inference.bad_input", f"{inputs.name}: {error}") from error
-    count = min(len(array) for array in given.values())
-    return [{name: np.asarray(array[i]) for name, array in given.items()} for i in range(count)]
-
-
-def _random(random: np.random.Generator, tensor: TensorSpec) -> Array:
-    shape = tuple(max(1, d) for d in tensor.shape)
-    dtype = np.dtype(DTYPES[tensor.datatype])
-    if dtype.kind == "f":
-        return random.standard_normal(shape).astype(dtype)
-    low, high = (-100, 100) if dtype.kind == "i" else (0, 2 if dtype.kind == "b" else 200)
-    return random.integers(low, high, shape).astype(dtype)
+    return variant, {model_path: content, golden_path: seen.golden}

@@ -18,13 +18,15 @@ SHOWN: Final = 1500
 """Characters of the child's output that an error quotes."""
 
 
-def validate(directory: Path) -> dict[str, Any]:
+def validate(directory: Path, *, require_sandbox: bool = False) -> dict[str, Any]:
     """Return the report of ``python -m models validate DIRECTORY --json``.
 
     The child opens the model files in the sandbox; nothing of them is ever
     loaded here. Raises ``release.not_admitted`` with what it said.
     """
     command = [sys.executable, "-m", "models", "validate", str(directory), "--json"]
+    if require_sandbox:
+        command.append("--require-sandbox")
     # The child needs no secret that this process may have in its environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PITHEAD_")}
     try:

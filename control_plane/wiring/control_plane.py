@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -28,6 +29,7 @@ from control_plane.api.app import devices_app, operators_app
 from control_plane.api.mtls import device_config, server_context
 from control_plane.ingest.mqtt import BrokerAddress, Ingest
 from control_plane.ingest.writer import Writer
+from control_plane.services import admission
 from control_plane.services.access import Access
 from control_plane.services.devices import Devices
 from control_plane.services.director import Director
@@ -75,6 +77,7 @@ class ControlPlane:
             layout.objects,
             Staging(layout.staging, settings.quota_bytes),
             now_micros,
+            partial(admission.validate, require_sandbox=settings.require_sandbox),
         )
         self.access = Access(self.database, now_micros)
         self.devices = Devices(self.database, now_micros, revoked=self._revoked)

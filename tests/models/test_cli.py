@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from contract.manifest import Manifest
+from inference import registry
 from models import package
 from models.assemble import Assembled, assemble
 from models.cli import app
@@ -126,3 +127,18 @@ def test_files_from_elsewhere_are_packaged_unchanged(small: Assembled, tmp_path:
     status, _, err = call("wrap", str(inputs), *options)
     assert status == 1
     assert ".tflite" in err
+
+
+def test_files_from_elsewhere_are_never_opened_by_this_process(
+    small: Assembled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "int8.tflite"
+    file.write_bytes(small.contents["int8.tflite"])
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a runtime was loaded")
+
+    monkeypatch.setattr(registry, "load_runtime", opened)
+    options = ["--name", "kws", "--version", "1.0.0", "--licence", "MIT", "--out", str(tmp_path / "out")]
+    status, _, err = call("wrap", str(file), *options)
+    assert status == 0, err

@@ -200,6 +200,16 @@ def test_the_real_admission_refuses_a_file_that_is_no_model(
     refused("release.not_admitted", plant, plant.sign_release(package))
 
 
+def test_admission_may_insist_on_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models validate` is asked to refuse where it cannot confine what opens the model."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "{\\"valid\\": true, \\"said\\": \\"$*\\"}"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(admission.sys, "executable", str(program))
+    assert "--require-sandbox" in admission.validate(tmp_path, require_sandbox=True)["said"]
+    assert "--require-sandbox" not in admission.validate(tmp_path)["said"]
+
+
 def test_an_upload_mends_a_released_file(either: Plant) -> None:
     package = either.release()
     _, sha256 = package.files["model.onnx"]
