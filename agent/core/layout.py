@@ -33,6 +33,11 @@ class Layout(Struct, frozen=True):
         return self.state_dir / "identity"
 
     @property
+    def pending(self) -> Path:
+        """The key of an enrolment that has not succeeded yet; a second try must use the same."""
+        return self.state_dir / "identity-pending"
+
+    @property
     def identity_file(self) -> Path:
         """``identity.json``: the device's id and the addresses that it was enrolled with."""
         return self.identity / "identity.json"

@@ -1,9 +1,11 @@
 """Enrol a device: a key made here, a signing request, and a server that proves itself by the join token.
 
-Everything is kept in memory until the server has answered; then the whole
-identity appears by one rename. So a failure leaves the device as it was.
+The key is durable before the server hears of it: when the answer is lost, the
+next try asks with the same key, and the token is not spent twice. The whole
+identity appears by one rename, so the device is enrolled or not.
 """
 
+import contextlib
 import hashlib
 import hmac
 import ssl
@@ -44,7 +46,8 @@ def enrol(
 
     A device that is enrolled with this server already keeps what it has.
     Raises ``enrol.*``, ``update.unreachable``, ``request.conflict``,
-    ``message.malformed`` and ``storage.*``; then nothing has changed.
+    ``message.malformed`` and ``storage.*``; then nothing has changed but that
+    a key may wait for the next try.
     """
     known = load(layout.identity_file)
     if known is not None:
@@ -54,11 +57,18 @@ def enrol(
             "request.conflict",
             f"this device is {known.device} of {known.server}; delete {layout.identity} to give it up",
         )
+    if layout.identity.is_dir() and any(layout.identity.iterdir()):
+        raise PitheadError("request.conflict", f"{layout.identity} is not whole; delete it first")
     parsed = parse_token(token)
     ca = trusted_ca(parsed, call)
-    key = ec.generate_private_key(ec.SECP256R1())
+    key, new = _pending_key(layout, write_directory)
     request = EnrolRequest(token=parsed.text, csr=_signing_request(key), facts=facts)
-    answer = call(_verifying(ca), "POST", ENROL_PATH, codec.encode(request))
+    try:
+        answer = call(_verifying(ca), "POST", ENROL_PATH, codec.encode(request))
+    except PitheadError as error:
+        if new and error.code.startswith("enrol."):
+            _forget_pending(layout)  # refused: no certificate was made for this key
+        raise
     response = codec.decode(answer, EnrolResponse)
     _check(response, key)
     identity = Identity(
@@ -70,13 +80,10 @@ def enrol(
         name=facts.name,
         hardware=facts.hardware,
     )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
     write_directory(
         layout.identity,
         {
-            layout.key.name: (private, SECRET),
+            layout.key.name: (_pem(key), SECRET),
             layout.certificate.name: (response.certificate.encode(), PUBLIC),
             layout.server_ca.name: (ca.encode(), PUBLIC),
             layout.image_root.name: (response.image_root, PUBLIC),
@@ -84,7 +91,38 @@ def enrol(
             layout.identity_file.name: (msgspec.json.encode(identity), PUBLIC),
         },
     )
+    _forget_pending(layout)
     return identity, True
+
+
+def _pending_key(layout: Layout, write_directory: WriteDirectory) -> tuple[ec.EllipticCurvePrivateKey, bool]:
+    """Return the key of an earlier try, or a new one that is durable, and whether it is new.
+
+    Raises ``storage.*``, so a device that could not keep its identity spends no token.
+    """
+    path = layout.pending / layout.key.name
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        if isinstance(key, ec.EllipticCurvePrivateKey):
+            return key, False
+    except (OSError, ValueError):
+        pass  # there is none, or none that can be used
+    _forget_pending(layout)
+    fresh = ec.generate_private_key(ec.SECP256R1())
+    write_directory(layout.pending, {layout.key.name: (_pem(fresh), SECRET)})
+    return fresh, True
+
+
+def _forget_pending(layout: Layout) -> None:
+    with contextlib.suppress(OSError):
+        (layout.pending / layout.key.name).unlink(missing_ok=True)
+        layout.pending.rmdir()
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def trusted_ca(token: JoinToken, call: Call) -> str:
