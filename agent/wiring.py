@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Final
 
 from agent.core.layout import Layout
 from agent.core.settings import AgentSettings, overridden, parse
+from agent.core.trusted_time import clock_is_right
 from agent.errors import from_os
 from agent.identity import record
 from agent.identity.record import Identity
 from agent.link import https
 from agent.link.mqtt import BrokerAddress, MqttLink
+from agent.link.tls import DeviceContext
 from agent.service.children import Children
 from agent.service.engine_process import EngineKeeper
 from agent.service.loop import Parts, Supervisor, inbox
@@ -38,6 +40,7 @@ from agent.store.objects import ObjectStore
 from agent.store.outbox import Outbox
 from agent.store.slots import SlotStore
 from agent.store.state import StateStore
+from agent.update import verified
 from contract.bundle import DeviceFacts
 from contract.errors import PitheadError
 from inference import registry
@@ -94,8 +97,9 @@ def read_settings(layout: Layout) -> AgentSettings:
 
 def device_tls(layout: Layout) -> ssl.SSLContext:
     """Return TLS with the device's certificate, trusting the server's CA alone. Raises ``storage.*``."""
+    context = DeviceContext(lambda: clock_is_right(time.time_ns() // 1000, time_floor(layout)))
     try:
-        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(layout.server_ca))
+        context.load_verify_locations(layout.server_ca)
         context.load_cert_chain(layout.certificate, layout.key)
     except ssl.SSLError as error:
         raise PitheadError(
@@ -104,6 +108,18 @@ def device_tls(layout: Layout) -> ssl.SSLContext:
     except OSError as error:
         raise from_os(error, f"reading {layout.identity}") from error
     return context
+
+
+def time_floor(layout: Layout) -> int:
+    """Return the newest time that somebody has vouched for, microseconds UTC."""
+    floor = 0
+    with contextlib.suppress(PitheadError):
+        known = verified.read(layout.tuf / "verified")
+        floor = 0 if known is None else known.time_floor
+    with contextlib.suppress(PitheadError):
+        identity = record.load(layout.identity_file)
+        floor = max(floor, 0 if identity is None else identity.enrolled_at)
+    return floor
 
 
 def update_server(layout: Layout, settings: AgentSettings, identity: Identity) -> https.UpdateServer:
@@ -205,7 +221,7 @@ def build(layout: Layout, settings: AgentSettings, identity: Identity) -> Superv
             world=world,
             outbox=outbox,
             engine=EngineKeeper(layout, post, fraction=random.random),
-            children=Children(layout, post),
+            children=Children(layout, post, server=settings.server.url or identity.server),
             poller=poller,
             link=link,
         ),
@@ -277,6 +293,7 @@ def enrol(layout: Layout, *, server: str, token: str, name: str, hardware: str) 
             name=name,
         ),
         call=call,
+        check_time=clock_is_right(time.time_ns() // 1000, 0),
         write_directory=durable.write_directory,
     )
 

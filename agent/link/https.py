@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from agent.link.tls import outdated
 from contract.bundle import BUNDLE_PATH
 from contract.errors import ERRORS, PitheadError
 
@@ -95,6 +96,8 @@ class Channel:
     def _exchange(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], until: float
     ) -> Answer:
+        if outdated(self.tls):
+            self.close()
         connection = self._connection
         if connection is None:
             connection = http.client.HTTPSConnection(

@@ -20,6 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.core import backoff
+from agent.link.tls import outdated
 from contract import codec, topics
 from contract.errors import PitheadError
 from contract.messages import PROTOCOL_VERSION, Ack, DesiredHint, Micros, Status
@@ -101,6 +102,7 @@ class MqttLink:
         # With this paho leaves all writing to the link's thread. Otherwise `publish` would write in its
         # caller's thread while this one reads, and OpenSSL corrupts its memory when both use one connection.
         self._client.on_socket_register_write = _leave_it_to_the_loop
+        self._tls = tls
         if tls is not None:
             self._client.tls_set_context(tls)
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
@@ -161,7 +163,7 @@ class MqttLink:
             try:
                 self._set_will()
                 self._client.reconnect()
-                while self._client.loop(LOOP_S) == mqtt.MQTT_ERR_SUCCESS:
+                while self._client.loop(LOOP_S) == mqtt.MQTT_ERR_SUCCESS and not outdated(self._tls):
                     pass
                 detail = self._reason
             except OSError as error:

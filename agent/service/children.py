@@ -50,15 +50,15 @@ class UpdateAnswer(Struct, frozen=True):
 
 
 class Children:
-    """Runs at most one step per model, and one update process at a time."""
+    """Runs at most one step per model, and one update process and one probe at a time."""
 
-    def __init__(self, layout: Layout, post: Post) -> None:
+    def __init__(self, layout: Layout, post: Post, *, server: str) -> None:
         self.layout = layout
+        self.server = server
         self._post = post
         self._running: dict[Name, tuple[Fetch | Probe, threading.Event]] = {}
         self._refreshing = False
         self._lock = threading.Lock()
-        self._probing = threading.Lock()
         self._stopping = threading.Event()
 
     def running(self, model_name: Name) -> Fetch | Probe | None:
@@ -72,6 +72,12 @@ class Children:
         """Whether any download is under way."""
         with self._lock:
             return any(isinstance(step, Fetch) for step, _ in self._running.values())
+
+    @property
+    def probing(self) -> bool:
+        """Whether a probe runs, also one that nobody waits for any more: only one may, since they measure."""
+        with self._lock:
+            return any(isinstance(step, Probe) for step, _ in self._running.values())
 
     @property
     def refreshing(self) -> bool:
@@ -142,6 +148,9 @@ class Children:
             result = error
         except _Cancelled:
             return
+        except Exception as failure:
+            log.exception("refresh.failed")
+            result = _failed("internal.error", f"{type(failure).__name__}: {failure}")
         finally:
             self._refreshing = False
         self._post(Refreshed(etag, result))
@@ -153,8 +162,8 @@ class Children:
                 path = self.layout.object(d.sha256)
                 if path.exists() and path.stat().st_size == d.length:
                     continue
-                arguments = ["--sha256", d.sha256, "--length", str(d.length), "--target", d.target]
-                self._update(["fetch", *arguments], FETCH_S, cancel)
+                wanted = ["--sha256", d.sha256, "--length", str(d.length), "--target", d.target]
+                self._update(["fetch", *wanted, "--server", self.server], FETCH_S, cancel)
                 if not path.exists():
                     raise _failed("internal.error", f"{d.target} did not arrive")  # noqa: TRY301
         except PitheadError as failure:
@@ -171,10 +180,7 @@ class Children:
     ) -> None:
         result: probing.Choice | PitheadError
         try:
-            with self._probing:  # one at a time: they measure
-                reports = probing.probe(
-                    manifest, files, variants=[step.variant], limits=LIMITS, first_only=True
-                )
+            reports = probing.probe(manifest, files, variants=[step.variant], limits=LIMITS, first_only=True)
             result = probing.choose(reports, manifest)
         except PitheadError as error:
             result = error

@@ -82,6 +82,7 @@ class Supervisor:
             self._reporter,
             now=self._now,
             wall=parts.clock.wall,
+            renew=self._renew_metadata,
             fraction=parts.fraction,
         )
         self._intake = Intake(parts.world, parts.outbox, parts.engine, self._now)
@@ -239,6 +240,10 @@ class Supervisor:
         facts = {"revision": result.revision, "models": len(result.models)}
         log.info("desired.taken", extra={"facts": facts})
 
+    def _renew_metadata(self) -> None:
+        self._parts.poller.judged(None)
+        self._parts.poller.hint()
+
     def _hinted(self, hint: DesiredHint) -> None:
         poller = self._parts.poller
         known = (poller.etag or "").removeprefix("W/").strip('"')
@@ -286,7 +291,7 @@ class Supervisor:
                 isinstance(step, plan.TASKS) and step.wanted.manifest_sha256 != task.wanted.manifest_sha256
             )
             if urgent or not self._world.wants(task.wanted):
-                self._parts.children.cancel(name)
+                self._steps.cancel(name)
 
     def _send_health(self) -> None:
         now = self._now()
@@ -332,6 +337,8 @@ class Supervisor:
         """End the helpers; the engine's last products are stored first."""
         parts = self._parts
         parts.poller.stop()
+        for name in self._world.slots.all().keys() | self._observed.keys():
+            self._try("events", self._steps.cancel, name)
         parts.children.stop()
         parts.engine.leave(keep_engine=stop.keep_engine)
         until = time.monotonic() + LEAVE_S

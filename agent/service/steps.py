@@ -26,9 +26,9 @@ RETRY_PROBE: Final = frozenset({"probe.timeout", "probe.over_budget", "internal.
 PROBE_TRIES: Final = 2
 RETRY_FETCH: Final = frozenset({"internal.error", "storage.failed"})
 """Tried again, although the table of codes does not promise success."""
-RACE: Final = frozenset({"update.not_released"})
-"""May mean that newer metadata was verified while the fetch began: tried again a few times."""
-RACE_TRIES: Final = 2
+METADATA: Final = frozenset({"update.not_released", "storage.corrupt"})
+"""May mean that the verified metadata were lost, or others verified meanwhile: decided only when they are
+verified once more."""
 RETRY_CAP_S: Final = 120.0
 EVENTS: Final[dict[type, str]] = {
     plan.Activate: "slot.trial_started",
@@ -51,13 +51,18 @@ class Steps:
         *,
         now: Callable[[], float],
         wall: Callable[[], int],
+        renew: Callable[[], None],
         fraction: Callable[[], float],
     ) -> None:
+        """``renew`` asks for the metadata to be verified anew."""
         self._world = world
         self._children = children
         self._reporter = reporter
         self._now = now
         self._wall = wall
+        self._renew = renew
+        self._unsure: dict[Sha256, int] = {}
+        """Documents taken when a fetch failed for want of metadata, by digest."""
         self._fraction = fraction
         self._tries: dict[tuple[Sha256, str], int] = {}
 
@@ -71,7 +76,7 @@ class Steps:
             return False
         before = self._world.slots.get(model_name)
         if isinstance(step, plan.Remove):
-            self._children.cancel(model_name)
+            self.cancel(model_name)
             self._world.slots.remove(model_name)
             log.info("model.removed", extra={"facts": {"model": model_name}})
             return True
@@ -89,15 +94,37 @@ class Steps:
         if error is None:
             self._world.troubles.pop(digest, None)
             self._tries.pop((digest, "fetch"), None)
+            self._unsure.pop(digest, None)
             return
         log.warning(
             "fetch.failed", extra={"facts": {"digest": digest, "code": error.code, "detail": error.detail}}
         )
-        tried = self._tries.get((digest, "fetch"), 0)
-        if error.retryable or error.code in RETRY_FETCH or (error.code in RACE and tried < RACE_TRIES):
+        if self._may_pass(event.step, error):
             self._later(digest, "fetch", error)
         else:
+            self._unsure.pop(digest, None)
             self._world.failures[digest] = plan.Failure("fetch", error.code, error.detail[:2000])
+
+    def _may_pass(self, step: plan.Fetch, error: PitheadError) -> bool:
+        """Whether a fetch that failed is to be tried again after a while."""
+        digest = step.wanted.manifest_sha256
+        unsure = error.code in METADATA
+        if unsure:
+            since = self._unsure.setdefault(digest, self._world.taken)
+            self._renew()
+            unsure = self._world.taken == since
+        serving = self._world.slots.get(step.wanted.model_name).serving
+        # What serves and is damaged is not given up for want of a download.
+        in_service = serving is not None and serving.digest == digest
+        return in_service or unsure or error.retryable or error.code in RETRY_FETCH
+
+    def cancel(self, model_name: Name) -> None:
+        """Stop what runs for a model; a probe that is not waited for has taken nothing down."""
+        task = self._children.running(model_name)
+        self._children.cancel(model_name)
+        if isinstance(task, plan.Probe):
+            begun = self._world.state.get(_probe_key(task), int) or 0
+            self._world.state.put({_probe_key(task): begun - 1 if begun > 1 else None})
 
     def probed(self, event: Probed) -> None:
         """Note how a probe ended; a version that passed becomes the standby. Raises ``storage.*``."""
@@ -149,7 +176,7 @@ class Steps:
 
     def _probe(self, step: plan.Probe) -> None:
         manifest = self._world.manifest(step.wanted)
-        if manifest is None:
+        if manifest is None or self._children.probing:
             return
         begun = self._world.state.get(_probe_key(step), int) or 0
         if begun >= MAX_PROBES:

@@ -16,10 +16,10 @@ from agent.ports import FitResult, LaneSpec, LaneState
 from agent.store.objects import ObjectStore
 from agent.store.slots import SlotStore
 from agent.store.state import StateStore
-from contract import codec
 from contract.errors import PitheadError
 from contract.manifest import FileRef, Manifest, Variant
 from contract.messages import Desired, ErrorCode, ModelAssignment, Name, Reporting, Sha256
+from contract.package import parse_manifest
 
 log = logging.getLogger(__name__)
 DESIRED: Final = "desired"
@@ -61,6 +61,8 @@ class World:
         self.objects = objects
         self.state = state
         self.desired: Desired | None = state.get(DESIRED, Desired)
+        self.taken = 0
+        """Documents that were verified and taken since the start."""
         self.lanes: dict[str, LaneState] = {}
         self.heard: dict[str, float] = {}
         """When each lane spoke last, by the monotonic clock."""
@@ -87,6 +89,7 @@ class World:
         """Accept a verified document, durably."""
         self.state.put({DESIRED: desired, ETAG: etag})
         self.desired = desired
+        self.taken += 1
         wanted = {a.manifest_sha256 for a in desired.models}
         for old in (self.failures, self.troubles, self.not_before):
             for digest in old.keys() - wanted:
@@ -105,7 +108,7 @@ class World:
         if known is not None or not self.objects.has(digest, wanted.manifest_length):
             return known
         try:
-            manifest = codec.decode(self.objects.read(digest), Manifest)
+            manifest = parse_manifest(self.objects.read(digest))
             if (manifest.name, manifest.version) != (wanted.model_name, wanted.version):
                 raise PitheadError(  # noqa: TRY301
                     "package.manifest_invalid", f"it is the manifest of {manifest.name} {manifest.version}"

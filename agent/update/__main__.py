@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--sha256", required=True)
     fetch.add_argument("--length", type=int, required=True)
     fetch.add_argument("--target", required=True, help="TUF target path")
+    fetch.add_argument("--server", required=True, metavar="URL", help="https://host:port")
     fetch.add_argument("--deadline-s", type=float, default=3600.0, help="for the whole file")
     for command in (refresh, fetch):
         command.add_argument("--root", type=Path, required=True)
@@ -76,7 +77,7 @@ def _fetch(layout: Layout, options: argparse.Namespace, now: int) -> dict[str, A
     from agent.update.verified import VerifiedFile  # noqa: PLC0415
 
     file = VerifiedFile(options.sha256, options.length)
-    fetch(layout, options.target, file, now=now, deadline_s=options.deadline_s)
+    fetch(layout, options.target, file, server=options.server, now=now, deadline_s=options.deadline_s)
     return {"ok": True}
 
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-import msgspec
 from msgspec import Struct
 
 from agent.core.layout import Layout
+from agent.core.trusted_time import NO_CHECK_TIME, clock_is_right
 from agent.update import verified
 from agent.update.verified import VerifiedFile
 from contract.bundle import artifact_path
@@ -28,27 +28,20 @@ CHUNK: Final = 256 * 1024
 IDLE_S: Final = 20.0
 """The longest that the server may be silent."""
 
-TOLERANCE_US: Final = 300 * 1_000_000
-"""How far behind signed time a clock may be and still be asked whether a certificate is valid."""
-
-NO_CHECK_TIME: Final = 0x200000
-"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which the ``ssl`` module does not name."""
+MISMATCH: Final = frozenset({"update.hash_mismatch", "update.length_mismatch"})
 
 _RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
-class _Identity(Struct):
-    """What this process needs of ``identity.json``."""
-
-    server: str
-
-
-def fetch(layout: Layout, path: str, file: VerifiedFile, *, now: int, deadline_s: float) -> None:
-    """Bring the file with this TUF target path into the objects.
+def fetch(layout: Layout, path: str, file: VerifiedFile, *, server: str, now: int, deadline_s: float) -> None:
+    """Bring the file with this TUF target path from ``server`` into the objects.
 
     Only what the last refresh verified is fetched. Raises ``update.*`` and
     ``storage.*``; a partial download stays, to be resumed, unless it is
-    known to be wrong or the disk is full. ``now`` in microseconds UTC.
+    known to be wrong or the disk is full. One that turns out to be wrong
+    after it was resumed is fetched once more from its beginning: what was
+    here may have been damaged, and the server's file be right. ``now`` in
+    microseconds UTC.
     """
     known = verified.read(layout.tuf / "verified")
     expected = None if known is None else known.files.get(path)
@@ -63,22 +56,41 @@ def fetch(layout: Layout, path: str, file: VerifiedFile, *, now: int, deadline_s
             if _is_whole(layout, file):
                 return
             place.unlink()
-        with _Part(layout, file) as part:
-            if place.exists():
-                return  # another process has just finished it
-            part.resume()
-            part.check_room()
-            if part.length < file.length:
-                _download(
-                    layout,
-                    file,
-                    part,
-                    time.monotonic() + deadline_s,
-                    check_time=now + TOLERANCE_US >= known.time_floor,
-                )
-            part.finish()
+        source = _Source(layout, server, time.monotonic() + deadline_s, clock_is_right(now, known.time_floor))
+        if not _fetched(source, file):
+            _fetched(source, file)
     except OSError as error:
         raise verified.failed(error, f"writing {place}") from error
+
+
+class _Source(Struct, frozen=True):
+    """Where a file comes from, and until when."""
+
+    layout: Layout
+    server: str
+    until: float
+    """By the monotonic clock."""
+    check_time: bool
+
+
+def _fetched(source: _Source, file: VerifiedFile) -> bool:
+    """Fetch the file, or return False when it was resumed and is wrong; then nothing of it is left."""
+    with _Part(source.layout, file) as part:
+        if source.layout.object(file.sha256).exists():
+            return True  # another process has just finished it
+        part.resume()
+        part.check_room()
+        resumed = part.length > 0
+        try:
+            if part.length < file.length:
+                _download(source, file, part)
+            part.finish()
+        except PitheadError as error:
+            if not resumed or error.code not in MISMATCH:
+                raise
+            log.warning("fetch.resumed_wrong", extra={"facts": {"sha256": file.sha256, "code": error.code}})
+            return False
+        return True
 
 
 class _Part:
@@ -162,8 +174,9 @@ class _Part:
         raise PitheadError(code, detail, sha256=self._file.sha256)
 
 
-def _download(layout: Layout, file: VerifiedFile, part: _Part, until: float, *, check_time: bool) -> None:
-    with _connection(layout, until, check_time=check_time) as connection:
+def _download(source: _Source, file: VerifiedFile, part: _Part) -> None:
+    until = source.until
+    with _connection(source) as connection:
         headers = {"Range": f"bytes={part.length}-"} if part.length else {}
         connection.request("GET", artifact_path(file.sha256), headers=headers)
         response = connection.getresponse()
@@ -201,31 +214,31 @@ def _check_answer(response: http.client.HTTPResponse, file: VerifiedFile, part: 
 
 
 @contextmanager
-def _connection(layout: Layout, until: float, *, check_time: bool) -> Iterator[http.client.HTTPSConnection]:
+def _connection(source: _Source) -> Iterator[http.client.HTTPSConnection]:
     """Connect to the server with the device's certificate; every network error is ``update.unreachable``."""
+    layout = source.layout
     try:
-        identity = msgspec.json.decode(layout.identity_file.read_bytes(), type=_Identity)
-        address = urlsplit(identity.server)
+        address = urlsplit(source.server)
         port = address.port or 443
         tls = ssl.create_default_context(cafile=str(layout.server_ca))
         tls.load_cert_chain(layout.certificate, layout.key)
     except (OSError, ValueError) as error:
         raise PitheadError("storage.corrupt", f"the device's identity: {error}") from error
-    if not check_time:
+    if not source.check_time:
         # With a clock that is known to be wrong no certificate is valid. What
         # arrives is checked by its signed hash all the same.
         tls.verify_flags |= NO_CHECK_TIME
-    timeout = max(0.1, min(IDLE_S, until - time.monotonic()))
+    timeout = max(0.1, min(IDLE_S, source.until - time.monotonic()))
     connection = http.client.HTTPSConnection(address.hostname or "", port, timeout=timeout, context=tls)
     try:
         connection.connect()
     except (OSError, http.client.HTTPException) as error:
         connection.close()
-        raise PitheadError("update.unreachable", f"{identity.server}: {error}") from error
+        raise PitheadError("update.unreachable", f"{source.server}: {error}") from error
     try:
         yield connection
     except (ssl.SSLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-        raise PitheadError("update.unreachable", f"{identity.server}: {error}") from error
+        raise PitheadError("update.unreachable", f"{source.server}: {error}") from error
     finally:
         connection.close()
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ from msgspec import Struct
 from tuf.api.exceptions import RepositoryError
 
 from agent.core.layout import Layout
+from agent.core.trusted_time import BUILT
 from agent.update import agreement, marks, verified
 from agent.update.marks import Key, Mark, MarkStore
 from agent.update.tuf_client import RepositoryFiles, VerifiedRepository
@@ -28,9 +28,6 @@ from contract.messages import Desired
 log = logging.getLogger(__name__)
 
 MAX_BUNDLE: Final = 4 * 1024 * 1024
-BUILT: Final = int(datetime(2025, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
-"""No honest clock stands before this, microseconds UTC."""
-
 RELEASE_ROLE: Final = "release"
 WORK: Final = "update-work-"
 DIRECTOR: Final = "director"

@@ -50,8 +50,9 @@ class Rig:
         self.world.take(self.desired, None)
         self.intake = intake(b)
         self.steps = Steps(
-            self.world, Children(b.layout, b.box.put), Reporter(self.world, b.outbox, CLOCK),
-            now=CLOCK.seconds, wall=CLOCK.wall, fraction=lambda: 0.0,
+            self.world, Children(b.layout, b.box.put, server="https://127.0.0.1:1"),
+            Reporter(self.world, b.outbox, CLOCK),
+            now=CLOCK.seconds, wall=CLOCK.wall, renew=lambda: None, fraction=lambda: 0.0,
         )  # fmt: skip
 
     def turn(self) -> None:

@@ -61,6 +61,7 @@ class Server:
             token=self.token,
             facts=DeviceFacts(),
             call=self.call,
+            check_time=True,
             write_directory=write,
         )
 

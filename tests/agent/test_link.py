@@ -22,8 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
 
+from agent.core.trusted_time import BUILT, TOLERANCE_US, clock_is_right
 from agent.link import https
 from agent.link.mqtt import BrokerAddress, Connected, Disconnected, LinkEvent, MqttLink
+from agent.link.tls import DeviceContext
 from agent.service.uplink import Uplink
 from agent.store.outbox import Entry, Outbox
 from contract import codec, topics
@@ -306,7 +308,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def self_signed(directory: Path) -> tuple[Path, Path]:
+def self_signed(directory: Path, age: dt.timedelta = dt.timedelta(hours=1)) -> tuple[Path, Path]:
+    """Make a certificate that is as old as ``age``, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = dt.datetime.now(dt.UTC)
@@ -316,8 +319,8 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(hours=1))
+        .not_valid_before(now - age)
+        .not_valid_after(now - age + dt.timedelta(hours=2))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
@@ -331,9 +334,8 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
     return directory / "cert.pem", directory / "key.pem"
 
 
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[https.Channel]:
-    certificate, key = self_signed(tmp_path)
+@contextlib.contextmanager
+def tls_server(certificate: Path, key: Path) -> Iterator[https.ServerAddress]:
     Handler.connections = 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -341,13 +343,53 @@ def channel(tmp_path: Path) -> Iterator[https.Channel]:
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    trust = ssl.create_default_context(cafile=str(certificate))
-    found = https.Channel(https.parse_url(f"https://localhost:{server.server_port}"), trust)
-    yield found
-    found.close()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield https.parse_url(f"https://localhost:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> Iterator[https.Channel]:
+    certificate, key = self_signed(tmp_path)
+    with tls_server(certificate, key) as address:
+        found = https.Channel(address, ssl.create_default_context(cafile=str(certificate)))
+        yield found
+        found.close()
+
+
+def test_a_clock_known_to_be_wrong_is_not_asked_and_the_connection_is_checked_once_it_is_right(
+    tmp_path: Path,
+):
+    """The certificate is not valid yet, as every one is for a device that believes in 1970."""
+    certificate, key = self_signed(tmp_path, age=dt.timedelta(days=-1))
+    right = False
+    with tls_server(certificate, key) as address:
+        trust = DeviceContext(lambda: right)
+        trust.load_verify_locations(certificate)
+        found = https.Channel(address, trust)
+        for _ in range(2):
+            assert found.exchange("GET", "/").status == 200
+        assert Handler.connections == 1
+        right = True
+        with pytest.raises(PitheadError, match="not yet valid"):
+            found.exchange("GET", "/")
+        right = False
+        (tmp_path / "other").mkdir()
+        stranger = DeviceContext(lambda: right)
+        stranger.load_verify_locations(self_signed(tmp_path / "other")[0])
+        with pytest.raises(PitheadError, match="self-signed"):
+            https.Channel(address, stranger).exchange("GET", "/")
+
+
+@pytest.mark.parametrize(
+    ("floor", "now", "right"),
+    [(0, BUILT, True), (0, 0, False), (BUILT + 2 * TOLERANCE_US, BUILT, False), (BUILT + 5, BUILT, True)],
+)
+def test_a_clock_below_what_was_signed_is_wrong(floor: int, now: int, right: bool):  # noqa: FBT001 - a table
+    assert clock_is_right(now, floor) is right
 
 
 def test_one_connection_serves_many_requests_and_a_closed_one_is_made_anew(channel: https.Channel):

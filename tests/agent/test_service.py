@@ -16,7 +16,7 @@ import pytest
 from agent.core import health, plan, slots
 from agent.core.blame import SOON_S
 from agent.core.layout import Layout
-from agent.core.plan import Fetch
+from agent.core.plan import Fetch, Probe
 from agent.core.settings import AgentSettings, Lane
 from agent.core.slots import Installed, Serving, Slots
 from agent.ports import Configure, FitResult, Hello, LaneState, Product
@@ -35,6 +35,7 @@ from contract import codec
 from contract.errors import PitheadError
 from contract.messages import Anomaly, Desired, Envelope, ModelAssignment, PriorityClass, Receipt, Reported
 from tests.agent.conftest import Assign
+from tests.engine.conftest import make_package
 
 DEVICE = "dev-test0001"
 Wait = Callable[..., None]
@@ -191,8 +192,8 @@ class Engines:
         bench = self.bench
         reporter = Reporter(bench.world, bench.outbox, CLOCK)
         steps = Steps(
-            bench.world, Children(bench.layout, bench.box.put), reporter,
-            now=lambda: bench.now, wall=lambda: 1, fraction=lambda: 0.0,
+            bench.world, Children(bench.layout, bench.box.put, server="https://127.0.0.1:1"), reporter,
+            now=lambda: bench.now, wall=lambda: 1, renew=lambda: None, fraction=lambda: 0.0,
         )  # fmt: skip
         step = plan.plan(desired, bench.world.observe(bench.now), bench.now).get("pump")
         if step is not None and not isinstance(step, plan.TASKS):
@@ -487,7 +488,7 @@ def test_vitals_read_sensors_where_there_are_any(tmp_path: Path):
 
 @pytest.fixture
 def running(bench: Bench) -> Iterator[Children]:
-    found = Children(bench.layout, bench.box.put)
+    found = Children(bench.layout, bench.box.put, server="https://127.0.0.1:1")
     yield found
     found.stop()
     for thread in threading.enumerate():
@@ -532,6 +533,81 @@ def test_a_cancelled_task_says_nothing_and_two_never_write_at_once(
     finally:
         os.killpg(orphan.pid, signal.SIGKILL)
         orphan.wait()
+
+
+def steps_of(bench: Bench, running: Children, renewed: list[int] | None = None) -> Steps:
+    return Steps(
+        bench.world, running, Reporter(bench.world, bench.outbox, CLOCK),
+        now=lambda: bench.now, wall=lambda: 1, fraction=lambda: 0.0,
+        renew=lambda: None if renewed is None else renewed.append(1),
+    )  # fmt: skip
+
+
+def test_only_probes_that_began_and_were_waited_for_count_against_a_model(
+    bench: Bench, running: Children, assign: Assign, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+):
+    """The fleet changes its mind again and again while a probe takes its time: the device never went down."""
+    gate = threading.Event()
+
+    def slow(*_: object, **__: object) -> list[object]:
+        assert gate.wait(30)
+        return []
+
+    monkeypatch.setattr(children.probing, "probe", slow)
+    package = make_package(bench.layout.objects)
+    wanted = assign("1.0.0", model="demo", manifest_sha256=package.digest,
+                    manifest_length=package.manifest_path.stat().st_size)  # fmt: skip
+    other = msgspec.structs.replace(wanted, model_name="other")
+    steps, probe = steps_of(bench, running), Probe(wanted, package.variant.name)
+    steps.execute("demo", probe)
+    assert list(bench.state.scan("probes/", int).values()) == [1]
+    steps.cancel("demo")
+    for _ in range(6):
+        steps.execute("demo", probe)
+        steps.execute("other", Probe(other, package.variant.name))
+    assert bench.state.scan("probes/", int) == {}
+    assert bench.world.failures == {}
+    gate.set()
+    wait_until(lambda: not running.probing, "the probe to end")
+    steps.execute("demo", probe)
+    assert running.running("demo") == probe
+
+
+@pytest.mark.parametrize("code", ["update.not_released", "storage.corrupt"])
+def test_a_fetch_without_verified_metadata_waits_until_they_are_verified_again(
+    bench: Bench, running: Children, assign: Assign, desire: Callable[..., Desired], code: str
+):
+    wanted = assign("2.0.0")
+    bench.world.take(desire(wanted), "e1")
+    renewed: list[int] = []
+    steps, ended = steps_of(bench, running, renewed), events.Fetched(Fetch(wanted), PitheadError(code))
+    for n in range(1, 9):
+        steps.fetched(ended)
+        assert len(renewed) == n
+    assert bench.world.failures == {}
+    bench.world.take(desire(wanted), "e1")
+    steps.fetched(ended)
+    assert bench.world.failures[wanted.manifest_sha256].code == code
+
+
+def test_what_serves_and_is_damaged_is_fetched_with_longer_and_longer_pauses(
+    bench: Bench, running: Children, assign: Assign, desire: Callable[..., Desired]
+):
+    wanted = installed_order(bench, assign, "2.0.0")
+    active = Serving(bench.install(wanted))
+    bench.world.slots.save(Slots("pump", active=active))
+    bench.world.take(desire(wanted), "e1")
+    bench.objects.path(active.digest).unlink()
+    steps, tries = steps_of(bench, running), []
+    for _ in range(1200):
+        step = plan.plan(bench.world.desired, bench.world.observe(bench.now), bench.now).get("pump")
+        if step is not None:
+            assert isinstance(step, Fetch)
+            tries.append(bench.now)
+            steps.fetched(events.Fetched(step, PitheadError("update.hash_mismatch")))
+        bench.now += 0.5
+    assert 5 < len(tries) < 20
+    assert bench.world.slots.get("pump").rejected == ()
 
 
 def test_an_answer_that_is_none_is_an_interruption():

@@ -35,7 +35,16 @@ def test_refusals_have_a_code_and_facts(plant: Plant, device: FakeDevice) -> Non
     code, answer = run(device, "refresh", "--bundle", str(bundle))
     assert (code, answer["ok"], answer["code"]) == (1, False, "update.metadata_rollback")
     assert answer["facts"]["role"] == "timestamp"  # type: ignore[index]
-    arguments = ("--sha256", "0" * 64, "--length", "1", "--target", "models/a/1.0.0/b")
+    arguments = (
+        "--sha256",
+        "0" * 64,
+        "--length",
+        "1",
+        "--target",
+        "models/a/1.0.0/b",
+        "--server",
+        "https://x",
+    )
     code, answer = run(device, "fetch", *arguments)
     assert (code, answer["code"]) == (1, "update.not_released")
 
@@ -65,7 +74,7 @@ def test_what_is_not_loaded(device: FakeDevice, command: str, never: set[str]) -
         "import argparse, sys, contextlib, pathlib\n"
         "from agent.core.layout import Layout\n"
         "from agent.update import __main__ as program\n"
-        "options = argparse.Namespace(sha256='0' * 64, length=1, target='t', deadline_s=1.0,"
+        "options = argparse.Namespace(sha256='0' * 64, length=1, target='t', deadline_s=1.0, server='https://x',"
         " bundle=pathlib.Path('/nonexistent'))\n"
         "with contextlib.suppress(Exception):\n"
         f"    program.{command}(Layout(pathlib.Path({str(device.layout.root)!r})), options, 0)\n"
