@@ -20,7 +20,6 @@ from agent.engine.clock import Clock
 from agent.engine.lane import Lane
 from agent.engine.loading import Loader
 from agent.engine.outlet import Outlet
-from agent.engine.score import BATCH
 from agent.ports import LaneSpec
 from contract.manifest import (
     Channel,
@@ -33,6 +32,7 @@ from contract.manifest import (
     Variant,
 )
 from inference.registry import open_session
+from inference.scoring import BATCH
 from models import onnx_builder, tflite_builder
 from models.dense import Training, quantise_network, train_autoencoder
 

@@ -1,14 +1,16 @@
 """The manifest of a model package: everything that a device must know to run a model well.
 
 It is one JSON file, ``manifest.json``, beside the files that it names. It is
-signed as a TUF target, so each number in it can be relied on.
+signed as a TUF target, so each number in it can be relied on; each is bounded
+too, since a person may sign a mistake. ``contract.package`` checks what no
+single field can show.
 """
 
 from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from contract.messages import Count, Name, Sha256, Version
+from contract.messages import END, NO_NUL, Count, Fact, Label, Name, Real, Sha256, Text, Version
 
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_FORMAT: Final = 1
@@ -34,10 +36,20 @@ Datatype = Literal[
 RelativePath = Annotated[
     str,
     Meta(
-        min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
+        min_length=1,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*" + END,
     ),
 ]
-Channels = Annotated[tuple["Channel", ...], Meta(min_length=1, max_length=4096)]
+MAX_CHANNELS: Final = 4096
+MAX_VECTORS: Final = 10_000
+MAX_TENSORS: Final = 64
+Channels = Annotated[tuple["Channel", ...], Meta(min_length=1, max_length=MAX_CHANNELS)]
+PerChannel = Annotated[tuple[Real, ...], Meta(max_length=MAX_CHANNELS)]
+RangePerChannel = Annotated[tuple[tuple[Real, Real], ...], Meta(max_length=MAX_CHANNELS)]
+Hertz = Annotated[float, Meta(ge=1e-6, le=1e6)]
+Shape = Annotated[tuple[Annotated[int, Meta(ge=-1, le=2**31 - 1)], ...], Meta(max_length=16)]
+TensorName = Annotated[str, Meta(max_length=1000, pattern=NO_NUL)]
 
 
 class FileRef(Struct, frozen=True):
@@ -51,18 +63,18 @@ class FileRef(Struct, frozen=True):
 class TensorSpec(Struct, frozen=True, omit_defaults=True):
     """A tensor: ``shape`` with -1 where it is dynamic; real value = (integer - zero_point) * scale."""
 
-    name: str
+    name: TensorName
     datatype: Datatype
-    shape: tuple[int, ...]
-    scale: float | None = None
-    zero_point: int | None = None
+    shape: Shape
+    scale: Annotated[float, Meta(gt=0, le=1e30)] | None = None
+    zero_point: Annotated[int, Meta(ge=-(2**31), le=2**32 - 1)] | None = None
 
 
 class Tolerance(Struct, frozen=True, omit_defaults=True):
     """``|got - want| <= atol + rtol * |want|`` in the tensor's own units (steps, where it is quantised)."""
 
-    atol: Annotated[float, Meta(ge=0)] = 0.0
-    rtol: Annotated[float, Meta(ge=0)] = 0.0
+    atol: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    rtol: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 class Golden(Struct, frozen=True):
@@ -73,8 +85,8 @@ class Golden(Struct, frozen=True):
     """
 
     file: FileRef
-    vectors: Annotated[int, Meta(ge=1)]
-    tolerance: dict[str, Tolerance]
+    vectors: Annotated[int, Meta(ge=1, le=MAX_VECTORS)]
+    tolerance: Annotated[dict[TensorName, Tolerance], Meta(max_length=MAX_TENSORS)]
     """By output tensor."""
 
 
@@ -85,41 +97,41 @@ class Variant(Struct, frozen=True, omit_defaults=True):
     file: FileRef
     format: Literal["onnx", "tflite"]
     quantisation: Literal["float32", "float16", "int8", "mixed"]
-    inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
-    outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=MAX_TENSORS)]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=MAX_TENSORS)]
     golden: Golden
-    platform: str = ""
+    platform: Label = ""
     """As in the Open Inference Protocol, for example ``onnxruntime_onnx`` or ``litert_tflite``."""
-    accelerators: tuple[str, ...] = ("cpu",)
-    arch: tuple[str, ...] = ("any",)
+    accelerators: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=16)] = ("cpu",)
+    arch: Annotated[tuple[Label, ...], Meta(min_length=1, max_length=16)] = ("any",)
     """``platform.machine()`` values, or ``any``."""
-    preference: int = 0
+    preference: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
     """Among the variants that can run, the highest wins."""
 
 
 class Channel(Struct, frozen=True, omit_defaults=True):
     """One sensor channel, in the order of the model's input."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=64)]
-    unit: str = ""
-    minimum: float | None = None
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)]
+    unit: Label = ""
+    minimum: Real | None = None
     """Below this a sample is counted as missing."""
-    maximum: float | None = None
+    maximum: Real | None = None
 
 
 class Fit(Struct, frozen=True, omit_defaults=True):
     """How far a device may adapt the model to itself: normalisation and threshold, never weights."""
 
-    samples: Annotated[int, Meta(ge=8)]
+    samples: Annotated[int, Meta(ge=8, le=1_000_000)]
     """Windows to collect before the model is in service."""
-    mean_range: tuple[tuple[float, float], ...]
+    mean_range: RangePerChannel
     """Per channel, where the fitted mean may lie."""
-    scale_range: tuple[tuple[float, float], ...]
+    scale_range: RangePerChannel
     """Per channel, where the fitted standard deviation may lie."""
     quantile: Annotated[float, Meta(gt=0, le=1)]
     """The fitted threshold is ``margin`` times this quantile of the calibration scores."""
-    margin: Annotated[float, Meta(gt=0)]
-    threshold_range: tuple[float, float]
+    margin: Annotated[float, Meta(gt=0, le=1e6)]
+    threshold_range: tuple[Real, Real]
 
 
 class Pipeline(Struct, frozen=True, omit_defaults=True):
@@ -132,10 +144,10 @@ class Pipeline(Struct, frozen=True, omit_defaults=True):
     channels: Channels
     window: Annotated[int, Meta(ge=1, le=65536)]
     stride: Annotated[int, Meta(ge=1, le=65536)]
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    clip: float | None = None
-    sample_rate_hz: float | None = None
+    mean: PerChannel
+    scale: PerChannel
+    clip: Annotated[float, Meta(gt=0, le=1e30)] | None = None
+    sample_rate_hz: Hertz | None = None
     fit: Fit | None = None
 
 
@@ -147,47 +159,49 @@ class Score(Struct, frozen=True, omit_defaults=True):
     """
 
     method: Literal["reconstruction_mse", "output"]
-    threshold: float
+    threshold: Real
     """An alarm is a score above this."""
-    debounce: Annotated[int, Meta(ge=1)] = 1
+    debounce: Annotated[int, Meta(ge=1, le=100_000)] = 1
     """Windows above the threshold in a row before it is an alarm."""
+
+
+QUANTILE_PROBABILITIES: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 
 class Quantiles(Struct, frozen=True):
     """A distribution as values at probabilities 0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1."""
 
-    values: tuple[float, ...]
-
-
-QUANTILE_PROBABILITIES: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+    values: Annotated[
+        tuple[Real, ...], Meta(min_length=len(QUANTILE_PROBABILITIES), max_length=len(QUANTILE_PROBABILITIES))
+    ]
 
 
 class Reference(Struct, frozen=True):
     """What the model saw when it was made, for drift."""
 
     samples: Count
-    channels: dict[str, Quantiles]
+    channels: Annotated[dict[Label, Quantiles], Meta(max_length=MAX_CHANNELS)]
     score: Quantiles
-    alarm_rate: float
+    alarm_rate: Annotated[float, Meta(ge=0, le=1)]
 
 
 class Provenance(Struct, frozen=True, omit_defaults=True):
     """Where the model comes from."""
 
-    source: str
+    source: Text
     """Code or origin of the weights."""
-    data: str
-    data_licence: str = ""
-    metrics: dict[str, float] = {}
-    parameters: dict[str, str | int | float | bool] = {}
+    data: Text
+    data_licence: Label = ""
+    metrics: Annotated[dict[Label, Real], Meta(max_length=200)] = {}
+    parameters: Annotated[dict[Label, Fact], Meta(max_length=200)] = {}
 
 
 class Budget(Struct, frozen=True, omit_defaults=True):
     """What the model may cost on a device."""
 
-    latency_ms: float | None = None
+    latency_ms: Annotated[float, Meta(gt=0, le=1e7)] | None = None
     """p99 of one window in the probe must be at or under this."""
-    memory_mb: float | None = None
+    memory_mb: Annotated[float, Meta(gt=0, le=1e7)] | None = None
 
 
 class Manifest(Struct, frozen=True, omit_defaults=True):
@@ -196,11 +210,11 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
     format: Literal[1]
     name: Name
     version: Version
-    release_counter: Annotated[int, Meta(ge=1)]
+    release_counter: Annotated[int, Meta(ge=1, le=2**62)]
     """Rises with every release of the model; devices compare it with the signed floor."""
-    summary: str
-    licence: str
-    variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
+    summary: Text
+    licence: Label
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=64)]
     provenance: Provenance
     pipeline: Pipeline | None = None
     """None for a model that is only served, without a lane."""

@@ -19,14 +19,14 @@ import msgspec
 import numpy as np
 
 from contract.errors import PitheadError
-from contract.manifest import Golden, TensorSpec, Tolerance, Variant
+from contract.manifest import MAX_VECTORS, Golden, TensorSpec, Tolerance, Variant
 from inference import registry
 from inference.probing import Limits, ProbeReport, ProbeRequest, SandboxReport
 from inference.sandbox import confine
+from inference.scoring import Scorer
 from inference.screening import SCREENS
 from inference.session import Session
 
-MAX_VECTORS: Final = 10_000
 MIN_RUNS, MAX_RUNS = 10, 100
 """In one round of measuring."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 10
@@ -84,6 +84,8 @@ def examine(request: ProbeRequest) -> ProbeReport:
             "inference.accelerator_missing",
             f"asked for {request.accelerator!r}, the runtime used {session.accelerator!r}",
         )
+    if request.pipeline is not None and request.score is not None:
+        Scorer(session, request.pipeline, request.score, variant.inputs, variant.outputs).warm_up()
     feeds, wanted = golden_vectors(golden, variant)
     worst = _compare(session, feeds, wanted, variant.golden)
     p50, p99 = _measure(session, feeds[0], limits)

@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from contract import codec
 from contract.errors import PitheadError
-from contract.manifest import Budget, Manifest, Variant
+from contract.manifest import Budget, Manifest, Pipeline, Score, Variant
 from inference import registry
 
 MAX_ANSWER: Final = 256 * 1024
@@ -69,6 +69,9 @@ class ProbeRequest(Struct, frozen=True):
     limits: Limits
     parent: int
     require_sandbox: bool = False
+    pipeline: Pipeline | None = None
+    """With ``score``: what a lane feeds the model with, and makes of its output."""
+    score: Score | None = None
 
 
 class ProbeReport(Struct, frozen=True, omit_defaults=True):
@@ -203,6 +206,8 @@ def _probe(
         limits=limits,
         parent=os.getpid(),
         require_sandbox=require_sandbox,
+        pipeline=manifest.pipeline,
+        score=manifest.score,
     )
     try:
         answer = in_child("inference.probe", msgspec.json.encode(request), limits)

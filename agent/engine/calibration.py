@@ -5,12 +5,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.engine.score import Scorer
 from agent.engine.window import Rows, Windows
 from agent.ports import FitResult
 from contract.errors import PitheadError
 from contract.manifest import Fit
 from inference.arithmetic import normalise
+from inference.scoring import Scorer
 
 ENOUGH: Final = 0.5
 """Share of the calibration's windows that must get a score."""

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from agent.engine.calibration import Calibration, check_fit
-from agent.engine.score import Debounce, Scorer
+from agent.engine.score import Debounce
 from agent.engine.window import Bounds, Windower
 from agent.ports import FitResult, LaneSpec
 from contract.errors import PitheadError
 from contract.manifest import FileRef, Manifest, Pipeline, Score, Variant
+from contract.package import MAX_MANIFEST, parse_manifest
 from inference.registry import open_session, read_file
+from inference.scoring import Scorer
 from inference.session import Session
 
 log = logging.getLogger(__name__)
 
-MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
 RECENT_US: Final = 60_000_000
 
 
@@ -91,7 +90,6 @@ def load(spec: LaneSpec, threads: int = 1) -> Served:
     pipeline, score = manifest.pipeline, manifest.score
     if pipeline is None or score is None:
         raise PitheadError("package.manifest_invalid", f"{manifest.name} has no pipeline or score for a lane")
-    _check(pipeline)
     variant = _variant(manifest, spec)
     model = _verified(spec, variant.file)
     if spec.fit is not None:
@@ -125,15 +123,12 @@ def load(spec: LaneSpec, threads: int = 1) -> Served:
 def _manifest(spec: LaneSpec) -> Manifest:
     try:
         with Path(spec.manifest).open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
+            data = file.read(MAX_MANIFEST + 1)
     except OSError as error:
         raise PitheadError("package.file_missing", f"{spec.manifest}: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() != spec.digest:
         raise PitheadError("package.file_mismatch", f"the manifest {spec.manifest} has another SHA-256")
-    try:
-        return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise PitheadError("package.manifest_invalid", str(error)) from error
+    return parse_manifest(data)
 
 
 def _variant(manifest: Manifest, spec: LaneSpec) -> Variant:
@@ -146,19 +141,6 @@ def _variant(manifest: Manifest, spec: LaneSpec) -> Variant:
                 )
             return variant
     raise PitheadError("package.manifest_invalid", f"{manifest.name} has no variant {spec.variant}")
-
-
-def _check(pipeline: Pipeline) -> None:
-    channels = len(pipeline.channels)
-    ranges = [] if pipeline.fit is None else [pipeline.fit.mean_range, pipeline.fit.scale_range]
-    if any(len(part) != channels for part in (pipeline.mean, pipeline.scale, *ranges)):
-        raise PitheadError(
-            "package.manifest_invalid", f"pipeline: mean and scale are not for {channels} channels"
-        )
-    if any(scale <= 0 for scale in pipeline.scale):
-        raise PitheadError("package.manifest_invalid", "pipeline.scale must be above 0")
-    if pipeline.fit is not None and any(low <= 0 for low, _ in pipeline.fit.scale_range):
-        raise PitheadError("package.manifest_invalid", "pipeline.fit.scale_range must lie above 0")
 
 
 def _verified(spec: LaneSpec, ref: FileRef) -> bytes:

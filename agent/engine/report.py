@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.loading import Served
 from agent.engine.outlet import Outlet
-from agent.engine.score import Scored
 from agent.engine.sources.base import Batch
 from agent.engine.summary import Bucket, TokenBucket, bucket_start
 from agent.engine.window import Windows
 from agent.ports import LaneSpec, LaneState
 from contract.messages import Anomaly, ModelSummary
+from inference.scoring import Scored
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import pytest
 from msgspec import inspect
 
 from contract.bundle import EnrolRequest
+from contract.manifest import Manifest
 from contract.messages import Desired, DesiredHint, Envelope, Status
 
 
@@ -44,7 +45,7 @@ def parts(kind: inspect.Type, path: str, seen: set[type]) -> list[tuple[str, ins
     return []
 
 
-@pytest.mark.parametrize("kind", [Envelope, Status, DesiredHint, Desired, EnrolRequest])
+@pytest.mark.parametrize("kind", [Envelope, Status, DesiredHint, Desired, EnrolRequest, Manifest])
 def test_everything_on_the_wire_is_bounded(kind: type):
     assert list(unbounded(inspect.type_info(kind), kind.__name__, set())) == []
 

@@ -1,6 +1,8 @@
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -146,3 +148,16 @@ def test_what_does_not_fit_its_manifest_is_not_loaded(tmp_path: Path, change: di
     with pytest.raises(PitheadError) as caught:
         load(package.spec({}, **change))
     assert caught.value.code == code
+
+
+def test_a_package_that_contradicts_itself_is_refused_on_the_device_too(tmp_path: Path):
+    """Whoever signed it: the device checks what its makers checked."""
+    package = make_package(tmp_path / "p")
+    document = msgspec.json.decode(package.manifest_path.read_bytes())
+    document["score"]["method"] = "output"
+    text = msgspec.json.encode(document)
+    package.manifest_path.write_bytes(text)
+    spec = package.spec({"kind": "system"}, digest=hashlib.sha256(text).hexdigest())
+    with pytest.raises(PitheadError, match=r"package\.manifest_invalid.*needs 1") as caught:
+        load(spec)
+    assert "$.variants[0].outputs[0].shape" in caught.value.detail

@@ -12,11 +12,11 @@ import pytest
 
 from agent.engine.calibration import Calibration
 from agent.engine.clock import Clock
-from agent.engine.score import Scorer
 from agent.engine.sources.system import open_source
 from agent.engine.window import Windower, Windows
 from contract.manifest import Manifest
 from inference.registry import open_session
+from inference.scoring import Scorer
 
 Built = Callable[[str, str], tuple[Path, Manifest]]
 CALIBRATION_S, LOAD_S = 60.0, 30.0

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contract import package as package_rules
 from contract.errors import PitheadError
 from contract.manifest import Manifest
 from models import package
@@ -72,9 +73,40 @@ def put(document: dict, path: str, value: object) -> dict:
         ("score", None, "$.score"),
         ("score.method", "guess", "$.score.method"),
         ("budget.latency_ms", "soon", "$.budget.latency_ms"),
+        ("budget.latency_ms", -1.0, "$.budget.latency_ms"),
+        ("name", "host-health\n", "$.name"),
+        ("version", "\uff11.0.0", "$.version"),
+        ("variants.0.file.path", "int8.tflite\n", "$.variants[0].file.path"),
+        ("release_counter", 2**63, "$.release_counter"),
+        ("variants.0.file.path", "int8.onnx/model", "$.variants"),
+        ("variants.0.file.path", "manifest.json/model", "$.variants"),
+        ("variants.0.accelerators", ["cpu", "cpu"], "$.variants[0].accelerators[1]"),
+        ("variants.0.accelerators", ["cpu"] * 10_000, "$.variants[0].accelerators"),
+        ("variants.0.inputs.0.shape", [36, -1], "$.variants[0].inputs[0].shape"),
+        ("variants.0.inputs.0.shape", [-1, 0], "$.variants[0].inputs[0].shape"),
+        ("variants.0.outputs.0.shape", [-1, 35], "$.variants[0].outputs[0].shape"),
+        ("variants.0.outputs.0.shape", [2**80], "$.variants[0].outputs[0].shape[0]"),
+        ("variants.0.inputs.0.zero_point", 2**90, "$.variants[0].inputs[0].zero_point"),
+        ("variants.0.golden.vectors", 2**60, "$.variants[0].golden.vectors"),
+        (
+            "variants.0.golden.tolerance",
+            {"output": {"atol": 1e300}},
+            "$.variants[0].golden.tolerance[...].atol",
+        ),
+        ("pipeline.sample_rate_hz", -1.0, "$.pipeline.sample_rate_hz"),
+        ("pipeline.sample_rate_hz", 0.0, "$.pipeline.sample_rate_hz"),
+        ("pipeline.sample_rate_hz", 1e300, "$.pipeline.sample_rate_hz"),
+        ("pipeline.scale.3", 1e-300, "$.pipeline.scale[3]"),
+        ("pipeline.channels.1.minimum", 101.0, "$.pipeline.channels[1].minimum"),
+        ("pipeline.fit.samples", 2**60, "$.pipeline.fit.samples"),
+        ("pipeline.fit.margin", 1e300, "$.pipeline.fit.margin"),
+        ("score.method", "output", "$.variants[0].outputs[0].shape"),
+        ("score.debounce", 2**40, "$.score.debounce"),
+        ("reference.score.values", [], "$.reference.score.values"),
     ],
 )
 def test_a_wrong_field_is_named(copy: tuple[Path, Manifest], path: str, value: object, named: str):
+    """Each of these is refused before any file is opened, here, in admission and on the device."""
     directory, manifest = copy
     document = put(tree(manifest), path, value)
     (directory / "manifest.json").write_bytes(msgspec.json.encode(document))
@@ -82,6 +114,16 @@ def test_a_wrong_field_is_named(copy: tuple[Path, Manifest], path: str, value: o
     assert not result.valid
     assert result.code == "package.manifest_invalid"
     assert f"`{named}" in result.detail, result.detail
+
+
+def test_a_calibration_that_no_memory_holds_is_refused(built: Built):
+    document = tree(built("host-health", "baseline")[1])
+    values = len(document["pipeline"]["channels"]) * document["pipeline"]["window"]
+    document["pipeline"]["fit"]["samples"] = package_rules.MAX_FIT_VALUES // values
+    package.parse_manifest(msgspec.json.encode(document))
+    document["pipeline"]["fit"]["samples"] += 1
+    with pytest.raises(PitheadError, match=r"pipeline\.fit\.samples"):
+        package.parse_manifest(msgspec.json.encode(document))
 
 
 def test_an_unknown_field_is_ignored(copy: tuple[Path, Manifest]):
