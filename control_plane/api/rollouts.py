@@ -63,7 +63,10 @@ class VerdictView(View):
     id: int
     t: int
     stage: int = Field(description="From 1.")
-    kind: str = Field(description="`gate`, `watch` (over earlier stages), `guardrail`, `count` or `person`")
+    kind: str = Field(
+        description="`gate`, `watch` (over earlier stages and after the longest soak), `guardrail`, `count`, "
+        "`coverage`, `soak` or `person`"
+    )
     verdict: str = Field(description="`advance`, `hold` or `halt`")
     bucket: int | None = Field(description="When it was decided, in buckets from the activation.")
     reason: str
@@ -95,8 +98,11 @@ class RolloutView(View):
     devices: int
     states: dict[str, int] = Field(description="Devices by state.")
     arms: dict[str, int]
+    returns_to: dict[str, int] = Field(
+        description="Devices by the version that a rollback brings back; `none` where there was none."
+    )
     failures: list[AssignmentView]
-    verdict: VerdictView | None = Field(description="The newest decision.")
+    verdict: VerdictView | None = Field(description="The newest decision that says most.")
     selection: dict[str, Any]
     policy: dict[str, Any]
 
@@ -133,7 +139,7 @@ def _reading(routes: APIRouter, rollouts: Rollouts) -> None:
 
     @routes.get(
         "/{rollout_id}/verdicts/{verdict_id}/trace",
-        summary="Get what a decision was based on, as `pithead rollouts replay` reads it",
+        summary="Get what a decision was based on: a trace for `pithead rollouts replay`, or JSON",
         dependencies=[Reader],
         response_class=Response,
         responses={200: {"content": {TRACE_TYPE: {}}}},
@@ -164,7 +170,9 @@ def _deciding(routes: APIRouter, rollouts: Rollouts) -> None:
     def plan(wanted: RolloutWanted) -> dict[str, Any]:
         return _plain(rollouts.plan(_new(wanted)))
 
-    @routes.post("/{rollout_id}/approve", summary="Let it start, or go on where it waits for a person")
+    @routes.post(
+        "/{rollout_id}/approve", summary="Let it start, or go on where it waits; acknowledges a halt"
+    )
     def approve(rollout_id: str, principal: Approver, decision: Decision | None = None) -> RolloutView:
         rollouts.approve(actor=principal.name, rollout_id=rollout_id, reason=_reason(decision))
         return _view(rollouts.detail(rollout_id))
@@ -191,7 +199,8 @@ def _deciding(routes: APIRouter, rollouts: Rollouts) -> None:
 
     @routes.post(
         "/{rollout_id}/abort",
-        summary="End it where it stands: what has not begun is withdrawn, what serves stays",
+        summary="End it where it stands: what has not begun is withdrawn, what serves stays; "
+        "one that goes back waits no longer for devices that are not heard of",
     )
     def abort(rollout_id: str, principal: Writer, decision: Decision | None = None) -> RolloutView:
         rollouts.abort(actor=principal.name, rollout_id=rollout_id, reason=_reason(decision))
@@ -243,6 +252,7 @@ def _view(detail: RolloutDetail) -> RolloutView:
         devices=sum(detail.states.values()),
         states=detail.states,
         arms=detail.arms,
+        returns_to=detail.returns_to,
         failures=[_assignment(failure) for failure in detail.failures],
         verdict=_verdict(detail.verdict) if detail.verdict is not None else None,
         selection=msgspec.to_builtins(record.selection),

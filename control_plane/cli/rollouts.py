@@ -212,7 +212,10 @@ def abort(
     server: ServerOption = None,
     token: TokenOption = None,
 ) -> None:
-    """End it where it stands: devices that serve the new version keep it. See also ``rollback``."""
+    """End it where it stands: devices that serve the new version keep it. See also ``rollback``.
+
+    One that goes back waits no longer for devices that are not heard of.
+    """
     _decide("abort", rollout, reason, server, token)
 
 

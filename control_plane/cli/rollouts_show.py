@@ -54,6 +54,7 @@ def status(found: dict[str, Any]) -> RenderableType:
     arms = "  ".join(f"{name} {count}" for name, count in sorted(found["arms"].items()) if name != "none")
     grid.add_row("rollout", found["id"])
     grid.add_row("devices", Text(states))
+    grid.add_row("rollback to", Text(_versions(found["returns_to"])))
     if arms and found["strategy"] == "canary":
         grid.add_row("arms", Text(arms))
     if found["soak_from"] is not None:
@@ -78,7 +79,7 @@ def status(found: dict[str, Any]) -> RenderableType:
 def assignments(found: list[dict[str, Any]]) -> None:
     """Print a rollout's devices."""
     print_table(
-        ("DEVICE", "ARM", "STAGE", "STATE", "STRATUM", "WHY"),
+        ("DEVICE", "ARM", "STAGE", "STATE", "STRATUM", "BACK TO", "WHY"),
         (
             (
                 one["device"],
@@ -86,6 +87,7 @@ def assignments(found: list[dict[str, Any]]) -> None:
                 str(one["stage"] or "-"),
                 coloured(one["state"]),
                 one["stratum"],
+                one["previous_version"] or "none",
                 " ".join(part for part in (one["code"], one["detail"], one["aftermath"]) if part),
             )
             for one in found
@@ -122,6 +124,7 @@ def plan(console: Console, found: dict[str, Any]) -> None:
         Text(f"{found['devices']} devices, {found['strategy']}; hold-out {found['hold_out']}", style="bold")
     )
     console.print(Text(f"strata: {strata or '-'}", style="dim"))
+    console.print(Text(f"a rollback brings back: {_versions(found['returns_to'])}", style="dim"))
     if found["stages"]:
         print_table(
             ("STAGE", "JOIN", "RUNNING", "CONTROLS", "CAN HALT", "CAN ADVANCE", "FINDS (SD)"),
@@ -153,6 +156,10 @@ def why(console: Console, found: dict[str, Any]) -> None:
         console.print(Text.assemble((f"  {mark} ", style), f"{reason['condition']}: {reason['detail']}"))
         if reason["remedy"] and not reason["holds"]:
             console.print(Text(f"      {reason['remedy']}", style="dim"))
+
+
+def _versions(counts: dict[str, int]) -> str:
+    return ", ".join(f"{version} ({count} devices)" for version, count in sorted(counts.items())) or "-"
 
 
 def _numbers(numbers: dict[str, Any]) -> str:

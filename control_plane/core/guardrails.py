@@ -1,6 +1,7 @@
 """Absolute limits that halt a rollout at once, whatever the comparison says."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -11,7 +12,12 @@ from control_plane.core.policy import Guardrails
 from control_plane.core.strata import share
 
 CRASH_CODES: Final = frozenset({"trial.crashed", "probe.crashed"})
+CHANCE: Final = 0.02
+"""Silence that comes about by chance more often than this is not laid to the version."""
 _UNREACHED: Final = frozenset({AssignmentState.PLANNED, AssignmentState.OFFERED, AssignmentState.UNREACHED})
+
+
+NONE: Final[Mapping[str, frozenset[str]]] = {}
 
 
 class DeviceFacts(Struct, frozen=True):
@@ -23,10 +29,12 @@ class DeviceFacts(Struct, frozen=True):
     code: str | None = None
     aftermath: Aftermath | None = None
     silent: bool | None = None
-    """Whether it fell silent since it was (re)activated; None while that cannot be said."""
+    """Whether it spoke after it was (re)activated and is silent now; None when it never spoke."""
     windows: int = 0
     """Windows that were tried lately, with those that failed."""
     errors: int = 0
+    restarts: int = 0
+    """How often its engine died since the soak began."""
 
 
 class Breach(Struct, frozen=True):
@@ -38,8 +46,21 @@ class Breach(Struct, frozen=True):
     limit: float
 
 
-def check(limits: Guardrails, devices: Sequence[DeviceFacts]) -> Breach | None:
-    """Return the first limit that is reached, the gravest first, or None."""
+def check(
+    limits: Guardrails, devices: Sequence[DeviceFacts], acknowledged: Mapping[str, frozenset[str]] = NONE
+) -> Breach | None:
+    """Return the first limit that is reached, the gravest first, or None.
+
+    ``acknowledged`` names, by guardrail, the devices with which a person has
+    taken a breach upon himself: it counts again when another device joins.
+    """
+    for found in _breaches(limits, devices):
+        if not acknowledged.get(found.guardrail, frozenset()).issuperset(found.devices):
+            return found
+    return None
+
+
+def _breaches(limits: Guardrails, devices: Sequence[DeviceFacts]) -> Iterator[Breach]:
     reached = sum(d.state not in _UNREACHED for d in devices)
     failed = [d for d in devices if d.state in {AssignmentState.ROLLED_BACK, AssignmentState.REFUSED}]
     counts = (
@@ -65,22 +86,55 @@ def check(limits: Guardrails, devices: Sequence[DeviceFacts]) -> Breach | None:
     )
     for guardrail, found, limit, words in counts:
         if len(found) >= limit:
-            return _breach(guardrail, found, limit, f"{len(found)} of {reached} devices {words}")
-    return _silent(limits, devices) or _erring(limits, devices)
+            yield _breach(guardrail, found, limit, f"{len(found)} of {reached} devices {words}")
+    for breach in (_silent(limits, devices), _erring(limits, devices), _restarting(limits, devices)):
+        if breach is not None:
+            yield breach
 
 
 def _silent(limits: Guardrails, devices: Sequence[DeviceFacts]) -> Breach | None:
+    """Many canaries that spoke are silent, and more than a lottery over both arms would make so.
+
+    Devices go offline for reasons of their own, and when the controls are as
+    silent it is the network: the gate holds then. Fewer dead canaries than
+    this limit asks for are left to the gate's comparison.
+    """
     canaries = [d for d in devices if d.treated and d.silent is not None]
     controls = [d for d in devices if not d.treated and d.silent is not None]
     silent = [d for d in canaries if d.silent]
-    if len(silent) < limits.silent_canaries:
+    limit = max(limits.silent_canaries, share(limits.silent_percent, len(canaries)))
+    if len(silent) < limit:
         return None
-    # When the controls are as silent, it is the network and not the version: the gate holds then.
     quiet = sum(bool(d.silent) for d in controls)
-    if controls and quiet * len(canaries) >= len(silent) * len(controls):
+    chance = by_chance(len(silent), len(canaries), quiet, len(controls))
+    if controls and chance > CHANCE:
         return None
-    words = f"{len(silent)} of {len(canaries)} canaries fell silent"
-    return _breach("silent_canaries", silent, limits.silent_canaries, words)
+    words = f"{len(silent)} of {len(canaries)} canaries and {quiet} of {len(controls)} controls fell silent"
+    return _breach("silent_canaries", silent, limit, words)
+
+
+def by_chance(silent: int, canaries: int, quiet: int, controls: int) -> float:
+    """Return how likely ``silent`` canaries or more are, were the silent ones drawn from both arms alike.
+
+    The upper tail of the hypergeometric distribution (Fisher's exact test).
+    """
+    total = silent + quiet
+    ways = sum(
+        math.comb(canaries, k) * math.comb(controls, total - k)
+        for k in range(silent, min(canaries, total) + 1)
+    )
+    return ways / math.comb(canaries + controls, total)
+
+
+def _restarting(limits: Guardrails, devices: Sequence[DeviceFacts]) -> Breach | None:
+    """An engine that dies again and again, on a canary and on no control."""
+    most = max((d.restarts for d in devices if not d.treated), default=0)
+    found = [d for d in devices if d.treated and d.restarts >= limits.engine_restarts and d.restarts > most]
+    if not found:
+        return None
+    worst = max(found, key=lambda d: d.restarts)
+    words = f"the engine died {worst.restarts} times on {worst.device}"
+    return _breach("engine_restarts", found, limits.engine_restarts, words)
 
 
 def _erring(limits: Guardrails, devices: Sequence[DeviceFacts]) -> Breach | None:

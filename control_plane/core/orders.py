@@ -1,15 +1,33 @@
 """How a rollout edits desired documents: one function per order, each of them idempotent."""
 
+from collections.abc import Sequence
+
 from msgspec.structs import replace
 
 from contract.messages import Desired, ModelAssignment, Reporting, Role
 
 
-def stage(desired: Desired, new: ModelAssignment, reporting: Reporting) -> Desired:
-    """Have ``new`` at hand beside the active version, and report as the rollout needs it."""
+def stage(desired: Desired, new: ModelAssignment) -> Desired:
+    """Have ``new`` at hand beside the active version."""
     staged = replace(new, role=Role.STAGED, activation=0)
     kept = tuple(m for m in desired.models if m.model_name != new.model_name or m.role is Role.ACTIVE)
-    return replace(desired, models=(*kept, staged), reporting=reporting)
+    return replace(desired, models=(*kept, staged))
+
+
+def report(desired: Desired, wanted: Sequence[Reporting]) -> Desired:
+    """Report as often as the most eager of the open rollouts needs it, and let trials last as the longest.
+
+    Rollouts of other models are on the same device. Without any, the device
+    goes on as it does.
+    """
+    if not wanted:
+        return desired
+    finest = Reporting(
+        bucket_s=min(one.bucket_s for one in wanted),
+        health_s=min(one.health_s for one in wanted),
+        trial_s=max(one.trial_s for one in wanted),
+    )
+    return replace(desired, reporting=finest)
 
 
 def activate(desired: Desired, new: ModelAssignment) -> Desired:

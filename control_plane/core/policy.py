@@ -83,7 +83,7 @@ class Guardrails(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     """Absolute limits: reaching one halts at once.
 
     A count halts when it reaches both its number and its percentage of the
-    devices that were reached.
+    devices that were reached (of silent canaries: of the canaries).
     """
 
     rolled_back: AtLeastOne = 2
@@ -94,6 +94,10 @@ class Guardrails(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     """Devices on which the new version killed its engine or its probe."""
     unable_to_roll_back: AtLeastOne = 1
     silent_canaries: AtLeastOne = 2
+    silent_percent: Percent = 50.0
+    """Of the canaries that spoke after their activation; and clearly more than of the controls."""
+    engine_restarts: AtLeastOne = 3
+    """Deaths of the engine on one canary while it soaks, and more than on any control."""
     error_rate: Annotated[float, Meta(gt=0, le=1)] = 0.2
     """Share of windows that failed on one device while it soaks."""
     error_windows: AtLeastOne = 20
@@ -103,6 +107,7 @@ class Guardrails(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
         _finite(
             rolled_back_percent=self.rolled_back_percent,
             refused_percent=self.refused_percent,
+            silent_percent=self.silent_percent,
             error_rate=self.error_rate,
         )
 

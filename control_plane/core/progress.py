@@ -87,7 +87,9 @@ class Situation(Struct, frozen=True):
     before_known: bool = True
     """Whether the period before is long enough."""
     breach: Breach | None = None
+    """The guardrail that is reached and that no person has taken upon himself."""
     verdict: Verdict | None = None
+    """The comparison's, likewise."""
 
 
 class Offer(Struct, frozen=True):
@@ -187,11 +189,18 @@ def _gather(seen: Situation, now: int) -> Step | None:
     unknown = not seen.before_known and waited < patience * MICROS
     if lacking is not None or stragglers or unknown:
         return None
+    return _begin(seen)
+
+
+def _begin(seen: Situation) -> Step:
     choice = choose_stage(seen)
-    if not choice.canaries:
-        # Only devices of the hold-out are left, so this stage is the one before.
+    if choice.canaries:
+        return ActivateStage(choice)
+    if any(m.arm is Arm.CANARY and m.state in ON_NEW_VERSION for m in seen.members):
+        # Only devices of the hold-out are left, so this stage is the one before, which was judged.
         return _passed(seen, "no device is left to join in this stage")
-    return ActivateStage(choice)
+    words = "nothing can be compared: no device that is ready has a version to go back to"
+    return Happen(RolloutEvent.HELD_TOO_LONG, f"{words}; retry those that failed, or abort", Pause.COVERAGE)
 
 
 def _nobody_left(seen: Situation) -> Step:
@@ -287,6 +296,11 @@ def stage_size(policy: Policy, stage: int, devices: int) -> int:
     return strata.share(spec.percent, devices)
 
 
+def is_whole(policy: Policy, devices: int) -> bool:
+    """Whether the last stage is meant for all ``devices``: then the rest gets the version at the end."""
+    return policy.strategy == "all_at_once" or stage_size(policy, len(policy.stages) - 1, devices) >= devices
+
+
 def hold_out_size(policy: Policy, devices: int) -> int:
     """Return the hold-out: the policy's share, but no fewer than the last comparison needs to show harm.
 
@@ -295,7 +309,8 @@ def hold_out_size(policy: Policy, devices: int) -> int:
     if policy.hold_out_percent == 0 or devices < 2:  # noqa: PLR2004 - one device cannot be split
         return 0
     wanted = strata.share(policy.hold_out_percent, devices)
-    alpha = policy.alpha * (alpha_shares(len(policy.stages))[-1][1] or 1.0)
+    own, watch = alpha_shares(len(policy.stages))[-1]
+    alpha = policy.alpha * (watch or own)
     most = max(1, devices // 3)
     while wanted < most and not can_decide([(wanted, devices)], alpha=alpha, extremes=len(policy.metrics)):
         wanted += 1

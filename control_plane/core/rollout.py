@@ -70,6 +70,8 @@ TRANSITIONS: Final[Mapping[tuple[RolloutState, RolloutEvent], RolloutState]] = {
     (_S.PAUSED, _E.ROLLBACK_ORDERED): _S.ROLLING_BACK,
     (_S.PAUSED, _E.ABORT_ORDERED): _S.ABORTED,
     (_S.ROLLING_BACK, _E.ROLLBACK_COMPLETE): _S.ROLLED_BACK,
+    # A person stops waiting for devices that are gone; their order to go back stands.
+    (_S.ROLLING_BACK, _E.ABORT_ORDERED): _S.ROLLED_BACK,
 }
 
 FINAL: Final = frozenset({_S.SUCCEEDED, _S.ROLLED_BACK, _S.ABORTED})

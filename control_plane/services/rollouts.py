@@ -1,29 +1,28 @@
 """What operators do with rollouts, and what they may ask."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 from msgspec.structs import replace
 from sqlmodel import Session
 
 from contract.errors import PitheadError
-from contract.manifest import MANIFEST_NAME, target_path
-from contract.messages import Aftermath, AssignmentState, ModelAssignment, Role
-from control_plane.core import orders, strata
+from contract.messages import Aftermath, AssignmentState
 from control_plane.core.assignment import FAILED, AssignmentEvent, follow
-from control_plane.core.gate import Verdict, assess, trace
-from control_plane.core.policy import Policy, parse, require_live
+from control_plane.core.gate import Outcome, Verdict, assess, trace
+from control_plane.core.policy import parse, require_live
 from control_plane.core.progress import Arm, Pause
 from control_plane.core.rollout import RolloutEvent, RolloutState
 from control_plane.ports import Clock
-from control_plane.services import desired, events, rollouts_evidence
+from control_plane.services import events, rollouts_evidence
+from control_plane.services import rollouts_decisions as decisions
+from control_plane.services import rollouts_members as choice
 from control_plane.services import rollouts_plan as planning
 from control_plane.services import rollouts_steps as steps
 from control_plane.store import devices as device_store
-from control_plane.store import registry
 from control_plane.store import rollouts as store
+from control_plane.store import rollouts_seen as said
 from control_plane.store.database import Database
-from control_plane.store.devices import DeviceRecord
 from control_plane.store.ids import new_id
 from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, Selection, VerdictRecord
 
@@ -47,8 +46,10 @@ class RolloutDetail(msgspec.Struct, frozen=True):
     arms: dict[str, int]
     failures: list[AssignmentRecord]
     verdict: VerdictRecord | None
-    """The newest decision."""
+    """The newest decision that says most."""
     soaked_buckets: int
+    returns_to: dict[str, int]
+    """Devices by the version that a rollback brings back; ``none`` where there was none."""
 
 
 class Rollouts:
@@ -69,17 +70,17 @@ class Rollouts:
         require_live(policy)
         now = self._clock()
         with self._database.transaction() as tx:
-            assignment = _released(tx, new.model_name, new.version)
-            chosen = _select(tx, new.selection)
-            members = _members(tx, assignment, chosen)
+            assignment = choice.released(tx, new.model_name, new.version)
+            chosen = choice.select(tx, new.selection)
+            members = choice.members(tx, assignment, chosen)
             if not members:
                 raise PitheadError(
                     "rollout.no_devices",
                     f"{len(chosen)} devices match, and none of them needs {new.model_name} {new.version}",
                 )
             devices = [m.device_id for m in members]
-            _check_lock(tx, new.model_name, devices)
-            _check_strategy(policy, members)
+            choice.check_lock(tx, new.model_name, devices)
+            choice.check_strategy(policy, members)
             store.supersede(tx, new.model_name, devices, now)
             rollout_id = self._make_id()
             record = RolloutRecord(
@@ -95,7 +96,7 @@ class Rollouts:
                 created_by=actor,
                 changed_at=now,
                 start_at=new.start_at,
-                receipts_to=store.newest_receipt(tx),
+                receipts_to=said.newest_receipt(tx),
             )
             store.put(tx, record)
             store.put_assignments(tx, [replace(m, rollout_id=rollout_id, changed_at=now) for m in members])
@@ -105,14 +106,13 @@ class Rollouts:
     def approve(self, *, actor: str, rollout_id: str, reason: str = "") -> RolloutRecord:
         """Let a rollout start, or go on where it waits for a person.
 
-        The first approval must come from somebody else than its author.
+        After a halt it goes on in its stage: what was shown is acknowledged,
+        and no more. Where the policy asks for approval, no approval comes
+        from the rollout's author.
         """
         with self._database.transaction() as tx:
             record = store.get(tx, rollout_id)
-            if record.state is RolloutState.AWAITING_APPROVAL and record.created_by == actor:
-                raise PitheadError(
-                    "auth.forbidden", f"{actor} made this rollout; a second person must approve it"
-                )
+            _second_person(record, actor)
             if record.state is RolloutState.AWAITING_APPROVAL:
                 return self._happen(tx, record, RolloutEvent.APPROVED, actor, reason or "approved")
             if record.state is not RolloutState.PAUSED or record.pause in {Pause.NOT, Pause.OPERATOR}:
@@ -121,17 +121,26 @@ class Rollouts:
                     f"nothing waits for an approval in state {record.state.value}; see also resume and skip",
                     state=record.state.value,
                 )
+            if record.pause is Pause.HALTED:
+                return self._acknowledge(tx, record, actor, reason)
             if record.pause is Pause.COVERAGE and record.policy.strategy != "all_at_once":
                 waived = replace(record, waived=True)
                 return self._happen(tx, waived, RolloutEvent.RESUMED, actor, reason or "coverage waived")
             return self._pass_stage(tx, record, actor, reason or "approved by a person")
 
     def skip(self, *, actor: str, rollout_id: str, reason: str = "") -> RolloutRecord:
-        """End the present stage as if the gate had advanced it."""
+        """End the present stage as if the gate had advanced it; its canaries must serve the version."""
         with self._database.transaction() as tx:
-            return self._pass_stage(
-                tx, store.get(tx, rollout_id), actor, reason or "stage skipped by a person"
-            )
+            record = store.get(tx, rollout_id)
+            _second_person(record, actor)
+            if record.pause is Pause.HALTED:
+                raise PitheadError(
+                    "rollout.illegal_transition",
+                    f"it was halted: {record.reason}. Approve that first, or roll it back",
+                    state=record.state.value,
+                    pause=record.pause.value,
+                )
+            return self._pass_stage(tx, record, actor, reason or "stage skipped by a person")
 
     def pause(self, *, actor: str, rollout_id: str, reason: str = "") -> RolloutRecord:
         """Stop growth; guardrails and gate go on watching."""
@@ -162,10 +171,18 @@ class Rollouts:
             return self._happen(tx, record, RolloutEvent.ROLLBACK_ORDERED, actor, words)
 
     def abort(self, *, actor: str, rollout_id: str, reason: str = "") -> RolloutRecord:
-        """End the rollout where it stands: what has not begun is withdrawn, what serves stays."""
+        """End the rollout where it stands: what has not begun is withdrawn, what serves stays.
+
+        One that goes back ends without the devices that are not heard of;
+        they go back when they come.
+        """
         with self._database.transaction() as tx:
             record = store.get(tx, rollout_id)
-            return self._happen(tx, record, RolloutEvent.ABORT_ORDERED, actor, reason or "aborted")
+            words = reason or "aborted"
+            if record.state is RolloutState.ROLLING_BACK:
+                waiting = [m.device_id for m in store.assignments(tx, rollout_id) if m.returning]
+                words = f"{record.reason}; {words}; not heard of since: {', '.join(waiting)}"
+            return self._happen(tx, record, RolloutEvent.ABORT_ORDERED, actor, words)
 
     def retry(self, *, actor: str, rollout_id: str) -> RolloutRecord:
         """Offer the version once more to the devices that refused it, rolled back or were not reached."""
@@ -235,16 +252,22 @@ class Rollouts:
             return store.verdicts(tx, rollout_id)
 
     def trace(self, rollout_id: str, verdict_id: int) -> bytes:
-        """Return what a verdict was based on, as a trace that ``pithead rollouts replay`` reads."""
+        """Return what a verdict was based on.
+
+        That of a comparison is a trace that ``pithead rollouts replay`` reads,
+        that of any other decision one line of JSON.
+        """
         with self._database.reading() as tx:
-            return _trace(tx, rollout_id, verdict_id)
+            return _kept(tx, rollout_id, verdict_id)[1]
 
     def replay(self, rollout_id: str, verdict_id: int) -> Verdict:
-        """Make a decision of the gate again from what was kept of it."""
+        """Make a decision again from what was kept of it."""
         with self._database.reading() as tx:
             policy = store.get(tx, rollout_id).policy
-            lines = _trace(tx, rollout_id, verdict_id).decode().splitlines()
-        return assess(trace.read(lines).evidence, policy)
+            kind, content = _kept(tx, rollout_id, verdict_id)
+        if kind not in decisions.COMPARISONS:
+            return decisions.again(content)
+        return assess(trace.read(content.decode().splitlines()).evidence, policy)
 
     def why(self, rollout_id: str, device_id: str) -> planning.Why:
         """Return everything that keeps a device from its update, and what would change it."""
@@ -253,20 +276,44 @@ class Rollouts:
             record = store.get(tx, rollout_id)
             members = store.assignments(tx, rollout_id)
             device = device_store.device(tx, device_id)
-            newest = store.verdicts(tx, rollout_id, newest_only=1)
-        return planning.why(record, members, device, newest[0] if newest else None, now)
+            newest = store.verdicts(tx, rollout_id, newest_only=planning.TELLING)
+        return planning.why(record, members, device, planning.telling(newest), now)
 
     def plan(self, new: NewRollout) -> planning.Plan:
         """Return what ``create`` would do, and what the gate could find with these devices."""
         policy = parse(new.policy)
         require_live(policy)
         with self._database.reading() as tx:
-            assignment = _released(tx, new.model_name, new.version)
-            members = _members(tx, assignment, _select(tx, new.selection))
+            assignment = choice.released(tx, new.model_name, new.version)
+            members = choice.members(tx, assignment, choice.select(tx, new.selection))
             locked = store.locked(tx, new.model_name, [m.device_id for m in members])
         return planning.plan(policy, members, locked)
 
+    def _acknowledge(self, tx: Session, record: RolloutRecord, actor: str, reason: str) -> RolloutRecord:
+        """Let a halted rollout go on in its stage; whatever else is shown halts it again."""
+        seen = decisions.to_acknowledge(store.halts(tx, record.id))
+        words = reason or "acknowledged by a person"
+        verdict = VerdictRecord(
+            rollout_id=record.id,
+            t=self._clock(),
+            stage=record.stage,
+            kind="person",
+            verdict=Outcome.HOLD.value,
+            reason=f"{words}: {record.reason}",
+            numbers={"actor": actor, "acknowledged": msgspec.to_builtins(seen, order="deterministic")},
+        )
+        store.add_verdict(tx, verdict)
+        return self._happen(tx, record, RolloutEvent.RESUMED, actor, words)
+
     def _pass_stage(self, tx: Session, record: RolloutRecord, actor: str, reason: str) -> RolloutRecord:
+        running = record.state in {RolloutState.RUNNING, RolloutState.PAUSED}
+        if running and not any(_serves(record, m) for m in store.assignments(tx, record.id)):
+            raise PitheadError(
+                "rollout.illegal_transition",
+                f"no canary of stage {record.stage + 1} serves the version, so there is nothing to go by; "
+                "wait, retry those that failed, or roll back",
+                state=record.state.value,
+            )
         last = record.stage + 1 >= record.stages
         event = RolloutEvent.LAST_STAGE_PASSED if last else RolloutEvent.STAGE_PASSED
         after = self._happen(tx, record, event, actor, reason)
@@ -294,84 +341,6 @@ class Rollouts:
         return steps.happen(tx, record, event, actor=actor, reason=reason, now=self._clock(), pause=pause)
 
 
-def _released(tx: Session, model_name: str, version: str) -> ModelAssignment:
-    found = registry.version(tx, model_name, version)
-    if found is None:
-        raise PitheadError("request.not_found", f"{model_name} {version} is not released")
-    return ModelAssignment(
-        model_name=model_name,
-        version=version,
-        role=Role.ACTIVE,
-        manifest_path=target_path(model_name, version, MANIFEST_NAME),
-        manifest_sha256=found.manifest_sha256,
-        manifest_length=found.manifest_length,
-        release_counter=found.release_counter,
-    )
-
-
-def _select(tx: Session, selection: Selection) -> list[DeviceRecord]:
-    labels = dict(selection.labels)
-    if selection.group is not None:
-        labels |= device_store.group(tx, selection.group).selector
-    found = device_store.devices(tx, labels=labels, state="active")
-    if not selection.devices:
-        return found
-    known = {device.id for device in found}
-    unknown = sorted(set(selection.devices) - known)
-    if unknown:
-        raise PitheadError("rollout.no_devices", f"no active device {', '.join(unknown)}", devices=unknown)
-    return [device for device in found if device.id in selection.devices]
-
-
-def _members(
-    tx: Session, assignment: ModelAssignment, devices: Sequence[DeviceRecord]
-) -> list[AssignmentRecord]:
-    """Return the devices that do not have the version yet, with their strata."""
-    site = strata.merge_small({device.id: _stratum(device) for device in devices})
-    members = []
-    for device in devices:
-        active = orders.active(desired.read(tx, device.id), assignment.model_name)
-        if active is not None and active.manifest_sha256 == assignment.manifest_sha256:
-            continue
-        members.append(
-            AssignmentRecord(
-                rollout_id="",
-                device_id=device.id,
-                stratum=site[device.id],
-                state=AssignmentState.PLANNED,
-                changed_at=0,
-                previous=active,
-            )
-        )
-    return members
-
-
-def _stratum(device: DeviceRecord) -> str:
-    accelerators = "+".join(sorted(device.accelerators))
-    return f"{device.hardware}/{accelerators}/{device.labels.get('site', '-')}"
-
-
-def _check_lock(tx: Session, model_name: str, devices: Sequence[str]) -> None:
-    locked = store.locked(tx, model_name, devices)
-    if locked:
-        device, other = min(locked.items())
-        raise PitheadError(
-            "rollout.overlap",
-            f"{len(locked)} devices, for example {device}, are in rollout {other}",
-            rollout=other,
-            devices=sorted(locked)[:20],
-        )
-
-
-def _check_strategy(policy: Policy, members: Sequence[AssignmentRecord]) -> None:
-    if policy.strategy == "canary" and all(m.previous is None for m in members):
-        raise PitheadError(
-            "rollout.policy_invalid",
-            "none of the devices has a version of this model, so there is nothing to compare with: use "
-            '`strategy = "all_at_once"` for a first install (guardrails and confirmations only)',
-        )
-
-
 def _detail(tx: Session, record: RolloutRecord, now: int) -> RolloutDetail:
     members = store.assignments(tx, record.id)
     states: dict[str, int] = {}
@@ -379,19 +348,35 @@ def _detail(tx: Session, record: RolloutRecord, now: int) -> RolloutDetail:
     for m in members:
         states[m.state.value] = states.get(m.state.value, 0) + 1
         arms[m.arm.value] = arms.get(m.arm.value, 0) + 1
-    newest = store.verdicts(tx, record.id, newest_only=1)
+    returns_to: dict[str, int] = {}
+    for m in members:
+        version = m.previous.version if m.previous is not None else "none"
+        returns_to[version] = returns_to.get(version, 0) + 1
+    newest = store.verdicts(tx, record.id, newest_only=planning.TELLING)
     return RolloutDetail(
         rollout=record,
         states=states,
         arms=arms,
         failures=[m for m in members if m.state in FAILED or m.state is AssignmentState.UNREACHED],
-        verdict=newest[0] if newest else None,
-        soaked_buckets=rollouts_evidence.buckets_by(record, now),
+        verdict=planning.telling(newest),
+        soaked_buckets=rollouts_evidence.buckets_by(record, now) if record.soak_from is not None else 0,
+        returns_to=returns_to,
     )
 
 
-def _trace(tx: Session, rollout_id: str, verdict_id: int) -> bytes:
+def _second_person(record: RolloutRecord, actor: str) -> None:
+    if record.policy.approval and record.created_by == actor:
+        raise PitheadError("auth.forbidden", f"{actor} made this rollout; a second person must approve it")
+
+
+def _serves(record: RolloutRecord, m: AssignmentRecord) -> bool:
+    mine = m.arm is Arm.CANARY and m.stage == record.stage
+    return mine and m.state in {AssignmentState.SOAKING, AssignmentState.CONFIRMED}
+
+
+def _kept(tx: Session, rollout_id: str, verdict_id: int) -> tuple[str, bytes]:
     for verdict in store.verdicts(tx, rollout_id):
         if verdict.id == verdict_id and verdict.evidence_sha256 is not None:
-            return rollouts_evidence.decompress(store.evidence(tx, rollout_id, verdict.evidence_sha256))
+            kept = store.evidence(tx, rollout_id, verdict.evidence_sha256)
+            return verdict.kind, rollouts_evidence.decompress(kept)
     raise PitheadError("request.not_found", f"rollout {rollout_id} has no verdict {verdict_id} with evidence")

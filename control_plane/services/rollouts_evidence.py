@@ -15,12 +15,13 @@ import zstandard
 from sqlmodel import Session
 
 from control_plane.core.gate import Evidence, trace
-from control_plane.core.gate.design import alpha_shares
+from control_plane.core.gate.design import alpha_shares, late_share
 from control_plane.core.gate.evidence import Floats
 from control_plane.core.policy import ALARM_RATE, ERROR_RATE, LATENCY, Policy
 from control_plane.core.progress import MICROS, Arm
-from control_plane.store import rollouts as store
-from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, SeenBucket
+from control_plane.store import rollouts_seen as store
+from control_plane.store.rollouts import AssignmentRecord, RolloutRecord
+from control_plane.store.rollouts_seen import SeenBucket
 
 CLOCK_MARGIN_US: Final = 3600 * MICROS
 """Devices whose clocks are wrong by more than this and more than they were last seen to be are silent."""
@@ -30,15 +31,26 @@ MAX_TRACE: Final = 1 << 30
 """Bytes of a stored trace."""
 
 
+class Due(msgspec.Struct, frozen=True):
+    """A look that is due."""
+
+    period: int
+    """How many longest soaks had gone by before; 0 while the stage soaks."""
+    bucket: int
+    """Counted from the period's beginning."""
+
+
 class Recent(msgspec.Struct, frozen=True):
     """What the guardrails need of one device."""
 
     begun: bool
-    """Whether it serves what it was told to (re)activate."""
+    """Whether it has served what it was told to (re)activate."""
     speaking: bool
     """Whether it did so within the last ``silent_buckets``."""
     windows: int
     errors: int
+    restarts: int = 0
+    """Deaths of its engine since the soak began."""
 
 
 class Rows:
@@ -61,16 +73,23 @@ class Rows:
 
 
 def load(
-    tx: Session, record: RolloutRecord, members: Sequence[AssignmentRecord], since: int, skew: int
+    tx: Session,
+    record: RolloutRecord,
+    members: Sequence[AssignmentRecord],
+    *spans: tuple[int, int | None],
+    skew: int,
 ) -> Rows:
-    """Return the summaries since ``since`` (server time, microseconds); ``skew`` is the worst clock error."""
-    found = store.buckets(
-        tx,
-        record.model_name,
-        [m.device_id for m in members],
-        since=since - skew - CLOCK_MARGIN_US,
-        received_since=since,
-    )
+    """Return the summaries of ``spans`` (server time, microseconds); ``skew`` is the worst clock error."""
+    found: list[SeenBucket] = []
+    for since, until in spans:
+        found += store.buckets(
+            tx,
+            record.model_name,
+            [m.device_id for m in members],
+            since=since - skew - CLOCK_MARGIN_US,
+            received_since=since,
+            received_until=until,
+        )
     return Rows(found, record.policy.bucket_s)
 
 
@@ -79,63 +98,105 @@ def before_known(rows: Rows, members: Sequence[AssignmentRecord], policy: Policy
     known = 0
     for m in members:
         old = m.previous.version if m.previous is not None else None
-        known += sum(row.version == old for _, row in rows.of(m.device_id)) >= policy.min_pre_buckets
+        seconds = sum(row.bucket_s for _, row in rows.of(m.device_id) if row.version == old)
+        known += seconds >= policy.min_pre_buckets * policy.bucket_s
     return known >= policy.min_coverage * len(members)
 
 
 def recent(
-    record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows, now: int
+    tx: Session, record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows, now: int
 ) -> dict[str, Recent]:
     """Return what the guardrails need, by device; ``rows`` must reach back over ``silent_buckets``."""
+    quiet_now = [m.device_id for m in members if m.device_id not in rows.by_device]
+    first = record.first_ordered_at
+    spoke = store.spoke(tx, record.model_name, quiet_now, first) if quiet_now and first is not None else {}
+    watched = [m.device_id for m in members] if record.watch_from is not None else []
+    longest = round(record.policy.max_soak_buckets * record.policy.bucket_s * MICROS)
+    restarts = store.restarts(tx, watched, max(record.watch_from or 0, now - longest)) if watched else {}
     policy = record.policy
     quiet = round((policy.silent_buckets * policy.bucket_s + policy.delivery_s) * MICROS)
     facts: dict[str, Recent] = {}
     for m in members:
         serving = [row for _, row in rows.of(m.device_id) if _is_after(record, m, row)]
         facts[m.device_id] = Recent(
-            begun=bool(serving),
+            begun=bool(serving) or spoke.get((m.device_id, _wanted(record, m) or ""), -1) >= m.activation,
             speaking=any(now - row.t_received <= quiet and row.count + row.errors > 0 for row in serving),
             windows=sum(row.count + row.errors for row in serving),
             errors=sum(row.errors for row in serving),
+            restarts=restarts.get(m.device_id, 0),
         )
     return facts
+
+
+def comparisons(
+    record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows, due: Due
+) -> list[tuple[str, Evidence]]:
+    """Return (kind, evidence) of all that must be looked at: the stage's own comparison, and the watch.
+
+    Only the former can let a stage pass. Between two stages, and after the
+    longest soak, only the watch is left.
+    """
+    found = []
+    if record.soak_from is not None and due.period == 0:
+        found.append(("gate", wave(record, members, rows, due.bucket)))
+    if record.watched_stage > 0 or not found:
+        found.append(("watch", watch(record, members, rows, due)))
+    return found
 
 
 def wave(record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows, post: int) -> Evidence:
     """Return the comparison of this stage's canaries with the controls."""
     chosen = [m for m in members if m.arm is not Arm.NONE and not _earlier(record, m)]
     assert record.ordered_at is not None
-    return _evidence(record, chosen, rows, post, before=record.ordered_at, share=_shares(record)[0])
+    share = alpha_shares(record.stages)[record.stage][0]
+    return _evidence(record, chosen, rows, (0, post), before=record.ordered_at, share=share)
 
 
-def watch(
-    record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows, post: int
-) -> Evidence | None:
-    """Return the comparison of all canaries so far with the controls, or None in the first stage.
+def watch(record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows, due: Due) -> Evidence:
+    """Return the comparison of all canaries so far with the controls.
 
     Those of earlier stages go on voting: harm that comes late must show.
-    The period before lies before the first activation of the rollout.
+    The period before lies before the first activation of the rollout. Between
+    two stages the test of the stage before goes on as it was, so it spends no
+    more. After the longest soak each period of that length is a comparison of
+    its own, with a share of the alpha that is reserved for them.
     """
-    if record.stage == 0:
-        return None
-    chosen = [m for m in members if m.arm is not Arm.NONE]
     assert record.first_ordered_at is not None
-    share = _shares(record)[1]
-    found = _evidence(record, chosen, rows, post, before=record.first_ordered_at, share=share)
-    return msgspec.structs.replace(found, may_advance=False, seed=f"{found.seed}:watch")
+    assert record.watch_from is not None
+    stage, longest = record.watched_stage, record.policy.max_soak_buckets
+    start = due.period * longest
+    if due.period:
+        width = record.policy.bucket_s * MICROS
+        # Two periods begin at least a longest soak apart, so no two of a rollout have one number.
+        number = math.floor((record.watch_from - record.first_ordered_at) / (longest * width)) + due.period
+        share, seed = late_share(number), f"{record.id}:{stage}:late:{number}"
+    elif stage == 0:
+        share, seed = alpha_shares(record.stages)[0][0], f"{record.id}:0"
+    else:
+        share, seed = alpha_shares(record.stages)[stage][1], f"{record.id}:{stage}:watch"
+    chosen = [m for m in members if m.arm is not Arm.NONE]
+    span = (start, due.bucket)
+    found = _evidence(record, chosen, rows, span, before=record.first_ordered_at, share=share)
+    return msgspec.structs.replace(found, may_advance=False, seed=seed)
 
 
-def reach(record: RolloutRecord, now: int) -> int:
-    """Return from when on (server's time) summaries are needed for the gate."""
-    first = record.first_ordered_at if record.first_ordered_at is not None else now
-    return first - round(record.policy.pre_buckets * record.policy.bucket_s * MICROS)
+def spans(record: RolloutRecord, due: Due) -> list[tuple[int, int | None]]:
+    """Return from when until when (server's time) summaries are needed for a look."""
+    assert record.first_ordered_at is not None
+    assert record.watch_from is not None
+    width = record.policy.bucket_s * MICROS
+    since = record.first_ordered_at - round(record.policy.pre_buckets * width)
+    if due.period == 0:
+        return [(since, None)]
+    start = record.watch_from + round((due.period * record.policy.max_soak_buckets - 1) * width)
+    return [(since, record.first_ordered_at + round(2 * width)), (start, None)]
 
 
 def buckets_by(record: RolloutRecord, now: int) -> int:
-    """Return how many buckets of this stage's soak should have arrived by ``now``."""
-    if record.soak_from is None:
+    """Return how many buckets since ``watch_from`` should have arrived by ``now``."""
+    if record.watch_from is None:
         return 0
-    seconds = (now - record.soak_from) / MICROS - record.policy.delivery_s
+    seconds = (now - record.watch_from) / MICROS - record.policy.delivery_s
     return max(0, math.floor(seconds / record.policy.bucket_s))
 
 
@@ -156,46 +217,47 @@ def decompress(content: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompress(content, max_output_size=MAX_TRACE)
 
 
-def _shares(record: RolloutRecord) -> tuple[float, float]:
-    return alpha_shares(record.stages)[record.stage]
-
-
 def _earlier(record: RolloutRecord, m: AssignmentRecord) -> bool:
     return m.arm is Arm.CANARY and m.stage is not None and m.stage < record.stage
 
 
+def _wanted(record: RolloutRecord, m: AssignmentRecord) -> str | None:
+    return record.version if m.arm is Arm.CANARY else m.previous.version if m.previous else None
+
+
 def _is_after(record: RolloutRecord, m: AssignmentRecord, row: SeenBucket) -> bool:
-    wanted = record.version if m.arm is Arm.CANARY else m.previous.version if m.previous else None
-    return row.version == wanted and row.activation >= m.activation
+    return row.version == _wanted(record, m) and row.activation >= m.activation
 
 
 def _evidence(
     record: RolloutRecord,
     members: Sequence[AssignmentRecord],
     rows: Rows,
-    post: int,
+    span: tuple[int, int],
     *,
     before: int,
     share: float,
 ) -> Evidence:
-    assert record.soak_from is not None
+    """``span`` is (bucket at which it begins, how many), counted from ``watch_from``."""
+    assert record.watch_from is not None
+    start, post = span
     width = record.policy.bucket_s * MICROS
     pre = record.policy.pre_buckets
     cells = _Cells(len(members), pre + post)
     for index, m in enumerate(members):
         old = m.previous.version if m.previous is not None else None
-        for start, row in rows.of(m.device_id):
+        for begun, row in rows.of(m.device_id):
             if _is_after(record, m, row):
-                column = pre + math.floor((start - record.soak_from) / width)
+                column = pre - start + math.floor((begun - record.watch_from) / width)
                 if pre <= column < pre + post:
                     cells.add(index, column, row)
             elif row.version == old and row.activation < m.activation:
-                column = pre + math.floor((start - before) / width)
+                column = pre + math.floor((begun - before) / width)
                 if 0 <= column < pre:
                     cells.add(index, column, row)
     empty = cells.leading_empty(pre)
     return Evidence(
-        seed=f"{record.id}:{record.stage}",
+        seed=f"{record.id}:{record.watched_stage}",
         devices=tuple(m.device_id for m in members),
         treated=tuple(m.arm is Arm.CANARY for m in members),
         strata=tuple(m.stratum for m in members),

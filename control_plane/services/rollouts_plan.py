@@ -16,6 +16,8 @@ from control_plane.core.rollout import RolloutState
 from control_plane.store.devices import DeviceRecord
 from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, VerdictRecord
 
+TELLING: Final = 2
+"""How many of the newest decisions ``telling`` must see: gate and watch look at the same moment."""
 Z_ALPHA: Final = 1.645
 Z_POWER: Final = 0.842
 """Power 80 %."""
@@ -49,6 +51,8 @@ class Plan(Struct, frozen=True):
     strata: dict[str, int]
     locked: dict[str, str]
     """Device -> the open rollout that has it."""
+    returns_to: dict[str, int]
+    """Devices by the version that a rollback would bring back; ``none`` where there is none."""
     hold_out: int
     stages: list[PlannedStage]
     remarks: list[str]
@@ -90,12 +94,22 @@ def plan(policy: Policy, members: Sequence[AssignmentRecord], locked: Mapping[st
     stages = _stages(policy, len(members) - first, held) if policy.strategy == "canary" else []
     if any(not stage.can_advance for stage in stages):
         remarks.append("stages that the gate cannot decide wait for an approval after the longest soak")
+    if members and not progress.is_whole(policy, len(members)):
+        reached = progress.stage_size(policy, len(policy.stages) - 1, len(members))
+        remarks.append(
+            f"the last stage is meant for {reached} of {len(members)} devices: the others keep what they have"
+        )
+    returns_to: dict[str, int] = {}
+    for m in members:
+        version = m.previous.version if m.previous is not None else "none"
+        returns_to[version] = returns_to.get(version, 0) + 1
     return Plan(
         strategy=policy.strategy,
         devices=len(members),
         first_install=first,
         strata=sizes,
         locked=dict(locked),
+        returns_to=returns_to,
         hold_out=held,
         stages=stages,
         remarks=remarks,
@@ -148,6 +162,17 @@ def _detectable(canaries: int, controls: int) -> float | None:
     return round((Z_ALPHA + Z_POWER) * math.sqrt(1 / canaries + 1 / controls), 2)
 
 
+def telling(newest: Sequence[VerdictRecord]) -> VerdictRecord | None:
+    """Return the decision that says most of ``newest``: the watch's where it halts, else the gate's."""
+    if not newest:
+        return None
+    last = newest[-1]
+    if last.kind == "watch" and last.verdict != "halt":
+        gate = [v for v in newest if v.kind == "gate" and v.t == last.t]
+        return gate[-1] if gate else last
+    return last
+
+
 def why(
     record: RolloutRecord,
     members: Sequence[AssignmentRecord],
@@ -169,7 +194,9 @@ def why(
         _alive(record),
         _online(device, now),
         _ready(mine),
+        *_gathered(record, members, mine, now),
         _turn(record, members, mine),
+        *_soaked(record, now),
         _decided(record, verdict),
     ]
     return Why(
@@ -229,7 +256,58 @@ def _ready(mine: AssignmentRecord) -> Reason:
     )
 
 
+def _gathered(
+    record: RolloutRecord, members: Sequence[AssignmentRecord], mine: AssignmentRecord, now: int
+) -> list[Reason]:
+    """Return what must be before a stage is activated: this device in time, and enough of the others."""
+    if record.state not in {RolloutState.RUNNING, RolloutState.PAUSED} or record.offered_at is None:
+        return []
+    found = []
+    left = (record.offered_at - now) / MICROS + record.policy.deadline_s
+    if mine.state in progress.PENDING or mine.state is AssignmentState.UNREACHED:
+        found.append(
+            Reason(
+                holds=left > 0,
+                condition="deadline",
+                detail=f"it has {left:.0f} s left to be ready" if left > 0 else "it was not ready in time",
+                remedy="see its receipts; it goes on when the device comes back",
+            )
+        )
+    if record.ordered_at is None and record.policy.strategy == "canary":
+        gap = progress.coverage_gap(
+            tuple(progress.Member(m.device_id, m.stratum, m.state) for m in members),
+            record.policy.min_coverage,
+        )
+        found.append(
+            Reason(
+                holds=gap is None or record.waived,
+                condition="coverage",
+                detail=gap or "enough devices of every stratum are ready",
+                remedy="bring the others online, or approve without them after the deadline",
+            )
+        )
+    return found
+
+
+def _soaked(record: RolloutRecord, now: int) -> list[Reason]:
+    if record.soak_from is None or record.state not in {RolloutState.RUNNING, RolloutState.PAUSED}:
+        return []
+    policy = record.policy
+    soaked = max(0, int((now - record.soak_from) / MICROS / policy.bucket_s))
+    return [
+        Reason(
+            holds=soaked >= policy.shortest_soak,
+            condition="soak",
+            detail=f"stage {record.stage + 1} has soaked {soaked} of at least {policy.shortest_soak} and at "
+            f"most {policy.max_soak_buckets} buckets",
+            remedy="wait",
+        )
+    ]
+
+
 def _turn(record: RolloutRecord, members: Sequence[AssignmentRecord], mine: AssignmentRecord) -> Reason:
+    if mine.state is AssignmentState.CONFIRMED and mine.arm is not Arm.CANARY:
+        return Reason(holds=True, condition="its turn", detail="it got the version when the rollout closed")
     if mine.arm is Arm.CANARY:
         return Reason(holds=True, condition="its turn", detail=f"it joined in stage {(mine.stage or 0) + 1}")
     if mine.arm is Arm.HOLD_OUT:

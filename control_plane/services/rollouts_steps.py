@@ -1,16 +1,14 @@
 """Carry out what the pure core decides: one step of one rollout in one transaction."""
 
 import logging
-from collections.abc import Iterable, Sequence
 from typing import Final
 
 from msgspec.structs import replace
 from sqlmodel import Session
 
-from contract.errors import PitheadError
-from contract.messages import Aftermath, AssignmentState, Desired, ModelAssignment, Reporting
+from contract.messages import AssignmentState, Desired, ModelAssignment, Reporting
 from control_plane.core import orders
-from control_plane.core.assignment import FAILED, ON_NEW_VERSION, REPORTED, AssignmentEvent, follow
+from control_plane.core.assignment import FAILED, ON_NEW_VERSION, AssignmentEvent, follow
 from control_plane.core.progress import (
     ActivateStage,
     Arm,
@@ -20,12 +18,12 @@ from control_plane.core.progress import (
     Offer,
     Pause,
     Step,
+    is_whole,
 )
-from control_plane.core.rollout import Rollout, RolloutEvent, RolloutState, advance
+from control_plane.core.rollout import FINAL, Rollout, RolloutEvent, RolloutState, advance
 from control_plane.services import desired, events
-from control_plane.store import devices as device_store
 from control_plane.store import rollouts as store
-from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, SeenReceipt, VerdictRecord
+from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, VerdictRecord
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +59,17 @@ def happen(
     )
     match event:
         case RolloutEvent.STAGE_PASSED:
-            changed = replace(changed, ordered_at=None, soak_from=None, looked_at=0, waived=False)
+            # ``watch_from`` stays: until the next stage is activated, this one's arms are watched on.
+            changed = replace(changed, ordered_at=None, waived=False)
         case RolloutEvent.LAST_STAGE_PASSED:
             _close(tx, changed, now)
         case RolloutEvent.HALTED | RolloutEvent.ROLLBACK_ORDERED:
             _turn_back(tx, changed, now)
-        case RolloutEvent.ABORT_ORDERED:
+        case RolloutEvent.ABORT_ORDERED if record.state is not RolloutState.ROLLING_BACK:
             _withdraw(tx, changed, now)
     store.put(tx, changed)
+    if changed.state in FINAL:
+        _leave_reporting(tx, changed, now)
     facts: dict[str, object] = {
         "model": record.model_name,
         "version": record.version,
@@ -92,7 +93,7 @@ def execute(tx: Session, record: RolloutRecord, step: Step, now: int) -> Rollout
         case ActivateStage():
             return _activate(tx, record, step, now)
         case BeginSoak():
-            changed = replace(record, soak_from=now, looked_at=0, changed_at=now)
+            changed = replace(record, watch_from=now, looked_at=0, changed_at=now)
             store.put(tx, changed)
             facts = {"stage": record.stage + 1}
             events.record(tx, actor=SYSTEM, kind="rollout.soaking", subject=record.id, facts=facts, t=now)
@@ -104,16 +105,19 @@ def execute(tx: Session, record: RolloutRecord, step: Step, now: int) -> Rollout
 def _offer(tx: Session, record: RolloutRecord, devices: frozenset[str], now: int) -> RolloutRecord:
     policy = record.policy
     at_once = policy.strategy == "all_at_once"
-    reporting = Reporting(bucket_s=policy.bucket_s, health_s=policy.health_s, trial_s=policy.trial_s)
+    others = store.reporting_of_others(tx, record.id, devices)
     changed: list[AssignmentRecord] = []
     for m in store.assignments(tx, record.id):
         if m.device_id not in devices:
             continue
         new = replace(record.assignment, attempt=m.attempt)
         previous = orders.active(desired.read(tx, m.device_id), record.model_name)
+        wanted_reports = [*others.get(m.device_id, ()), record.reporting]
 
-        def edit(document: Desired, new: ModelAssignment = new) -> Desired:
-            staged = orders.stage(document, new, reporting)
+        def edit(
+            document: Desired, new: ModelAssignment = new, reports: list[Reporting] = wanted_reports
+        ) -> Desired:
+            staged = orders.report(orders.stage(document, new), reports)
             return orders.activate(staged, new) if at_once else staged
 
         wanted = desired.change(tx, m.device_id, edit, now=now)
@@ -188,7 +192,7 @@ def _activate(tx: Session, record: RolloutRecord, step: ActivateStage, now: int)
     store.put_assignments(tx, changed)
     first = record.first_ordered_at if record.first_ordered_at is not None else now
     record = replace(
-        record, ordered_at=now, first_ordered_at=first, soak_from=None, looked_at=0, changed_at=now
+        record, ordered_at=now, first_ordered_at=first, watch_from=None, looked_at=0, changed_at=now
     )
     store.put(tx, record)
     facts = {
@@ -212,13 +216,35 @@ def _to_new(tx: Session, record: RolloutRecord, m: AssignmentRecord, now: int) -
 
 
 def _close(tx: Session, record: RolloutRecord, now: int) -> None:
-    """The release has passed: the hold-out, and whoever came late or not at all, get it too."""
-    members = [
-        m
-        for m in store.assignments(tx, record.id)
-        if m.arm is not Arm.CANARY and m.state not in ENDED and m.state is not AssignmentState.PLANNED
+    """The release has passed: the hold-out, and whoever came late or not at all, get it too.
+
+    Unless the policy's last stage was not meant for all: nobody has said that
+    more may run the version, so the others keep what they have.
+    """
+    members = store.assignments(tx, record.id)
+    left = [m for m in members if m.arm is not Arm.CANARY and m.state not in ENDED]
+    if not is_whole(record.policy, len(members)):
+        store.put_assignments(tx, [_drop(tx, record, m, now) for m in left])
+        return
+    offered = [
+        replace(m, state=follow(m.state, AssignmentEvent.OFFERED))
+        if m.state is AssignmentState.PLANNED
+        else m
+        for m in left
     ]
-    store.put_assignments(tx, [_to_new(tx, record, m, now) for m in members])
+    store.put_assignments(tx, [_to_new(tx, record, m, now) for m in offered])
+
+
+def _leave_reporting(tx: Session, record: RolloutRecord, now: int) -> None:
+    """Give devices on which rollouts of other models go on the intervals that those need."""
+    devices = [m.device_id for m in store.assignments(tx, record.id)]
+    for device, reports in store.reporting_of_others(tx, record.id, devices).items():
+        desired.change(
+            tx,
+            device,
+            lambda document, reports=reports: orders.report(document, reports),  # type: ignore[misc]
+            now=now,
+        )
 
 
 def _turn_back(tx: Session, record: RolloutRecord, now: int) -> None:
@@ -264,102 +290,6 @@ def put_back(tx: Session, record: RolloutRecord, m: AssignmentRecord, *, again: 
     return desired.change(tx, m.device_id, edit, now=now)
 
 
-def take_receipts(
-    tx: Session,
-    record: RolloutRecord,
-    members: Sequence[AssignmentRecord],
-    receipts: Iterable[SeenReceipt],
-    now: int,
-) -> tuple[RolloutRecord, list[AssignmentRecord]]:
-    """Bring assignments up to what devices have reported, and return them all."""
-    by_device = {m.device_id: m for m in members}
-    changed: set[str] = set()
-    last = record.receipts_to
-    for receipt in receipts:
-        last = max(last, receipt.id)
-        before = by_device.get(receipt.device_id)
-        if before is None or receipt.rollout not in {None, record.id}:
-            continue
-        after = _after_receipt(record, before, receipt, now)
-        if after != before:
-            by_device[receipt.device_id] = after
-            changed.add(receipt.device_id)
-            _tell(tx, record, before, after, now)
-    if last != record.receipts_to:
-        record = replace(record, receipts_to=last)
-        store.put(tx, record)
-    store.put_assignments(tx, [by_device[device] for device in sorted(changed)])
-    return record, [by_device[m.device_id] for m in members]
-
-
-def _after_receipt(
-    record: RolloutRecord, m: AssignmentRecord, receipt: SeenReceipt, now: int
-) -> AssignmentRecord:
-    if receipt.version != record.version:
-        return _back(m, receipt, now)
-    event = REPORTED.get(receipt.state)
-    if event is None or receipt.attempt != m.attempt:
-        return m
-    try:
-        state = follow(m.state, event)
-    except PitheadError:
-        facts = {"rollout": record.id, "device": m.device_id, "state": m.state.value, "receipt": receipt.id}
-        log.warning("rollout.receipt_out_of_place", extra={"facts": facts})
-        return m
-    if state is not receipt.state or (state in ENDED and state is m.state):
-        return m
-    code, detail, aftermath = receipt.code, receipt.detail, receipt.aftermath
-    if (state, code, detail, aftermath) == (m.state, m.code, m.detail, m.aftermath):
-        return m
-    return replace(m, state=state, code=code, detail=detail, aftermath=aftermath, changed_at=now)
-
-
-def _back(m: AssignmentRecord, receipt: SeenReceipt, now: int) -> AssignmentRecord:
-    """A receipt of the old version: whether a device that was told to go back has done so."""
-    if not m.returning or m.previous is None or receipt.version != m.previous.version:
-        return m
-    if receipt.activation < m.activation:
-        return m
-    if receipt.state is AssignmentState.CONFIRMED:
-        return returned(m, Aftermath.ROLLED_BACK, now)
-    if receipt.state in FAILED:
-        unable = returned(m, Aftermath.UNABLE_TO_ROLL_BACK, now)
-        return replace(unable, code=receipt.code, detail=receipt.detail)
-    return m
-
-
-def returned(m: AssignmentRecord, aftermath: Aftermath, now: int) -> AssignmentRecord:
-    """Return ``m`` after its way back has ended."""
-    state = follow(m.state, AssignmentEvent.ROLLED_BACK)
-    return replace(m, state=state, aftermath=aftermath, returning=False, changed_at=now)
-
-
-def removed(tx: Session, m: AssignmentRecord, model_name: str) -> bool:
-    """Whether a device that had no version before says that it has none again."""
-    reported = device_store.device(tx, m.device_id).reported
-    if reported is None or reported.revision < m.activation:
-        return False
-    return not any(r.model_name == model_name and r.active is not None for r in reported.models)
-
-
-def _tell(
-    tx: Session, record: RolloutRecord, before: AssignmentRecord, after: AssignmentRecord, now: int
-) -> None:
-    facts = {
-        "rollout": record.id,
-        "device": after.device_id,
-        "from": before.state.value,
-        "to": after.state.value,
-        "code": after.code,
-        "detail": after.detail,
-        "aftermath": after.aftermath.value if after.aftermath else None,
-    }
-    log.info("assignment.changed", extra={"facts": facts})
-    if after.state in FAILED or after.aftermath is Aftermath.UNABLE_TO_ROLL_BACK:
-        kind = f"assignment.{after.state.value}"
-        events.record(tx, actor=after.device_id, kind=kind, subject=record.id, facts=facts, t=now)
-
-
 def note_verdict(tx: Session, record: VerdictRecord) -> None:
     """Keep a decision, and tell of it when it is one."""
     store.add_verdict(tx, record)
@@ -375,13 +305,3 @@ def note_verdict(tx: Session, record: VerdictRecord) -> None:
         events.record(
             tx, actor=SYSTEM, kind="rollout.verdict", subject=record.rollout_id, facts=facts, t=record.t
         )
-
-
-def is_open(record: RolloutRecord) -> bool:
-    """Whether the worker has anything to decide."""
-    return record.state in {
-        RolloutState.SCHEDULED,
-        RolloutState.RUNNING,
-        RolloutState.PAUSED,
-        RolloutState.ROLLING_BACK,
-    }

@@ -20,10 +20,14 @@ from control_plane.core.gate import Evidence, Outcome, Verdict, assess, spending
 from control_plane.core.policy import Policy
 from control_plane.core.progress import MICROS, Arm, Happen, Member, Situation, Step, next_step
 from control_plane.core.rollout import RolloutEvent, RolloutState
+from control_plane.services import rollouts_decisions as decisions
 from control_plane.services import rollouts_evidence as seen
+from control_plane.services import rollouts_receipts as reports
 from control_plane.services import rollouts_steps as steps
-from control_plane.services.rollouts_evidence import Recent
+from control_plane.services.rollouts_decisions import Basis
+from control_plane.services.rollouts_evidence import Due, Recent
 from control_plane.store import rollouts as store
+from control_plane.store import rollouts_seen as said
 from control_plane.store.database import Database
 from control_plane.store.rollouts import AssignmentRecord, RolloutRecord, VerdictRecord
 
@@ -31,8 +35,6 @@ log = logging.getLogger(__name__)
 
 MOST_STEPS: Final = 8
 """Steps of one rollout in one tick."""
-MOST_VERDICTS: Final = 64
-"""More than one stage can have after its halt."""
 _WATCHED: Final = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
 _SERVING: Final = ON_NEW_VERSION | {AssignmentState.READY}
 
@@ -68,28 +70,29 @@ class Progress:
             return self._advance(tx, rollout_id, facts, now) or changed
 
     def _is_due(self, tx: Session, record: RolloutRecord, facts: Facts, now: int) -> bool:
-        if store.receipts_after(tx, record.model_name, record.receipts_to, limit=1):
+        if said.receipts_after(tx, record.model_name, record.receipts_to, limit=1):
             return True
         members = store.assignments(tx, record.id)
         if record.state is RolloutState.ROLLING_BACK:
             waiting = [m for m in members if m.returning]
-            return _is_back(record, waiting, now) or any(m.previous is None for m in waiting)
-        return next_step(self._situation(tx, record, members, facts), now) is not None
+            gone = store.gone(tx, [m.device_id for m in waiting])
+            return bool(gone) or _is_back(record, waiting, now) or any(m.previous is None for m in waiting)
+        return next_step(_basis(tx, record, members, facts, now).situation, now) is not None
 
     def _advance(self, tx: Session, rollout_id: str, facts: Facts, now: int) -> bool:
         record = store.get(tx, rollout_id)
         before = record
         members: Sequence[AssignmentRecord] = store.assignments(tx, rollout_id)
-        receipts = store.receipts_after(tx, record.model_name, record.receipts_to)
-        record, members = steps.take_receipts(tx, record, members, receipts, now)
+        receipts = said.receipts_after(tx, record.model_name, record.receipts_to)
+        record, members = reports.take_receipts(tx, record, members, receipts, now)
         for _ in range(MOST_STEPS):
             if record.state is RolloutState.ROLLING_BACK:
                 return self._come_back(tx, record, members, now) or record != before
-            situation = self._situation(tx, record, members, facts)
-            step = next_step(situation, now)
+            basis = _basis(tx, record, members, facts, now)
+            step = next_step(basis.situation, now)
             if step is None:
                 break
-            _note(tx, record, situation, step, now)
+            _note(tx, record, basis, step)
             record = steps.execute(tx, record, step, now)
             members = store.assignments(tx, rollout_id)
             # What was seen was seen of the stage before.
@@ -100,9 +103,12 @@ class Progress:
         self, tx: Session, record: RolloutRecord, members: Sequence[AssignmentRecord], now: int
     ) -> bool:
         waiting = []
+        gone = store.gone(tx, [m.device_id for m in members if m.returning])
         for m in members:
-            if m.returning and m.previous is None and steps.removed(tx, m, record.model_name):
-                store.put_assignments(tx, [steps.returned(m, Aftermath.ROLLED_BACK, now)])
+            if m.device_id in gone:
+                reports.give_up(tx, m, now)
+            elif m.returning and m.previous is None and reports.removed(tx, m, record.model_name):
+                store.put_assignments(tx, [reports.returned(m, Aftermath.ROLLED_BACK, now)])
             elif m.returning:
                 waiting.append(m)
         if not _is_back(record, waiting, now):
@@ -126,64 +132,51 @@ class Progress:
         self._facts[record.id] = (now, key, facts)
         return facts
 
-    def _situation(
-        self, tx: Session, record: RolloutRecord, members: Sequence[AssignmentRecord], facts: Facts
-    ) -> Situation:
-        return Situation(
-            rollout=steps.core(record),
-            policy=record.policy,
-            members=tuple(_member(record, m, facts.recent.get(m.device_id)) for m in members),
-            pause=record.pause,
-            start_at=record.start_at,
-            offered_at=record.offered_at,
-            ordered_at=record.ordered_at,
-            soak_from=record.soak_from,
-            waived=record.waived,
-            before_known=facts.before_known,
-            breach=guardrails.check(
-                record.policy.guardrails,
-                [_device_facts(record, m, facts.recent.get(m.device_id)) for m in members],
-            ),
-            verdict=_standing(store.verdicts(tx, record.id, newest_only=MOST_VERDICTS), record),
-        )
-
     def _look(self, rollout_id: str, now: int) -> bool:
         """Let the gate look when a look is due. The long calculation stands outside of any transaction."""
         with self._database.reading() as tx:
             record = store.get(tx, rollout_id)
-            bucket = due_look(record, now)
-            if bucket is None:
+            due = due_look(record, now)
+            if due is None:
                 return False
             members = store.assignments(tx, rollout_id)
-            rows = seen.load(tx, record, members, seen.reach(record, now), store.worst_skew(tx))
-        found: list[tuple[str, Evidence]] = [("gate", seen.wave(record, members, rows, bucket))]
-        watched = seen.watch(record, members, rows, bucket)
-        if watched is not None:
-            found.append(("watch", watched))
-        judged = [(kind, evidence, judge(evidence, record.policy, bucket)) for kind, evidence in found]
+            rows = seen.load(tx, record, members, *seen.spans(record, due), skew=said.worst_skew(tx))
+        judged = [
+            (kind, evidence, judge(evidence, record.policy, due.bucket))
+            for kind, evidence in seen.comparisons(record, members, rows, due)
+        ]
         with self._database.transaction() as tx:
             current = store.get(tx, rollout_id)
-            if (current.stage, current.soak_from, current.looked_at) != (
+            if (current.stage, current.soak_from, current.watch_from, current.looked_at) != (
                 record.stage,
                 record.soak_from,
+                record.watch_from,
                 record.looked_at,
             ) or current.state not in _WATCHED:
                 return False
             for kind, evidence, verdict in judged:
-                _keep(tx, current, kind, evidence, verdict, now)
-            store.put(tx, replace(current, looked_at=bucket))
+                _keep(tx, current, kind, evidence, verdict, due.period, now)
+            looked_at = due.period * record.policy.max_soak_buckets + due.bucket
+            store.put(tx, replace(current, looked_at=looked_at))
         return True
 
 
-def due_look(record: RolloutRecord, now: int) -> int | None:
-    """Return the bucket of the latest look that is due and was not taken, or None."""
-    if record.state not in _WATCHED or record.soak_from is None or record.policy.strategy == "all_at_once":
+def due_look(record: RolloutRecord, now: int) -> Due | None:
+    """Return the latest look that is due and was not taken, of the earliest period that has one.
+
+    The watch never ends while the rollout is open: a pause, a change of
+    stages and an operator who is late stop growth, and harm does not wait.
+    """
+    if record.state not in _WATCHED or record.watch_from is None or record.policy.strategy == "all_at_once":
         return None
     policy = record.policy
-    by_now = seen.buckets_by(record, now)
-    planned = spending.schedule(policy.first_look, policy.look_growth, policy.max_soak_buckets)
-    due = [bucket for bucket in planned if record.looked_at < bucket <= by_now]
-    return due[-1] if due else None
+    by_now, longest = seen.buckets_by(record, now), policy.max_soak_buckets
+    planned = spending.schedule(policy.first_look, policy.look_growth, longest)
+    for period in range(record.looked_at // longest, by_now // longest + 1):
+        due = [bucket for bucket in planned if record.looked_at < period * longest + bucket <= by_now]
+        if due:
+            return Due(period, due[-1])
+    return None
 
 
 def judge(evidence: Evidence, policy: Policy, bucket: int) -> Verdict:
@@ -197,85 +190,88 @@ def judge(evidence: Evidence, policy: Policy, bucket: int) -> Verdict:
 
 
 def _keep(
-    tx: Session, record: RolloutRecord, kind: str, evidence: Evidence, verdict: Verdict, now: int
+    tx: Session,
+    record: RolloutRecord,
+    kind: str,
+    evidence: Evidence,
+    verdict: Verdict,
+    period: int,
+    now: int,
 ) -> None:
-    content = seen.pack(evidence, record.policy)
-    sha256 = hashlib.sha256(content).hexdigest()
-    store.put_evidence(tx, record.id, sha256, seen.compress(content))
     numbers: dict[str, Any] = msgspec.to_builtins(verdict)
     numbers["look"] = numbers["looks"][-1] if verdict.looks else None
     numbers["looks"] = len(verdict.looks)
     numbers["canaries"] = sum(evidence.treated)
     numbers["controls"] = len(evidence.treated) - sum(evidence.treated)
     numbers["pre_buckets"] = evidence.pre
+    numbers["period"] = period
     numbers["alpha"] = record.policy.alpha * evidence.alpha_share
     steps.note_verdict(
         tx,
         VerdictRecord(
             rollout_id=record.id,
             t=now,
-            stage=record.stage,
+            stage=record.watched_stage,
             kind=kind,
             verdict=verdict.verdict.value,
             bucket=verdict.bucket,
             reason=verdict.reason,
             numbers=numbers,
-            evidence_sha256=sha256,
+            evidence_sha256=_store(tx, record, seen.pack(evidence, record.policy)),
         ),
     )
 
 
-def _note(tx: Session, record: RolloutRecord, situation: Situation, step: Step, now: int) -> None:
-    """Keep a decision that no gate took."""
-    if not isinstance(step, Happen):
-        return
-    breach = situation.breach
-    if breach is not None and step.event in {RolloutEvent.HALTED, RolloutEvent.HALTED_FOR_A_PERSON}:
-        kind, verdict, numbers = "guardrail", Outcome.HALT, msgspec.to_builtins(breach)
-    elif record.policy.strategy == "all_at_once" and step.event is not RolloutEvent.STARTED:
-        kind = "count"
-        verdict = Outcome.ADVANCE if step.event is RolloutEvent.LAST_STAGE_PASSED else Outcome.HOLD
-        numbers = {"states": _states(situation)}
-    else:
+def _store(tx: Session, record: RolloutRecord, content: bytes) -> str:
+    sha256 = hashlib.sha256(content).hexdigest()
+    store.put_evidence(tx, record.id, sha256, seen.compress(content))
+    return sha256
+
+
+def _note(tx: Session, record: RolloutRecord, basis: Basis, step: Step) -> None:
+    """Keep a decision that no comparison took, with all that it rests on."""
+    kind = decisions.kind(basis.situation, step) if isinstance(step, Happen) else None
+    if kind is None or not isinstance(step, Happen):
         return
     steps.note_verdict(
         tx,
         VerdictRecord(
             rollout_id=record.id,
-            t=now,
+            t=basis.now,
             stage=record.stage,
             kind=kind,
-            verdict=verdict.value,
+            verdict=decisions.outcome(step).value,
             reason=step.reason,
-            numbers=numbers,
+            numbers=decisions.numbers(basis.situation),
+            evidence_sha256=_store(tx, record, decisions.pack(basis)),
         ),
     )
 
 
-def _states(situation: Situation) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for m in situation.members:
-        counts[m.state.value] = counts.get(m.state.value, 0) + 1
-    return counts
-
-
-def _standing(verdicts: Sequence[VerdictRecord], record: RolloutRecord) -> Verdict | None:
-    """Return the verdict that holds in this stage: the gate's newest, unless the watch has halted."""
-    if record.soak_from is None:
-        return None
-    here = [v for v in verdicts if v.stage == record.stage and v.t >= record.soak_from]
-    gate = [v for v in here if v.kind == "gate"]
-    halts = [v for v in here if v.kind in {"gate", "watch"} and v.verdict == Outcome.HALT.value]
-    if not gate:
-        return None
-    chosen = halts[-1] if halts else gate[-1]
-    return Verdict(
-        verdict=Outcome(chosen.verdict),
-        reason=chosen.reason,
-        bucket=chosen.bucket,
-        too_few=bool(chosen.numbers.get("too_few")),
-        exhausted=bool(chosen.numbers.get("exhausted")),
+def _basis(
+    tx: Session, record: RolloutRecord, members: Sequence[AssignmentRecord], facts: Facts, now: int
+) -> Basis:
+    taken = decisions.acknowledged(store.of_people(tx, record.id))
+    devices = tuple(_device_facts(record, m, facts.recent.get(m.device_id)) for m in members)
+    verdict = None
+    if record.watch_from is not None:
+        stage = record.stage if record.soak_from is not None else None
+        verdict = decisions.standing(store.standing(tx, record.id, record.watch_from), stage, taken)
+    situation = Situation(
+        rollout=steps.core(record),
+        policy=record.policy,
+        members=tuple(_member(record, m, facts.recent.get(m.device_id)) for m in members),
+        pause=record.pause,
+        start_at=record.start_at,
+        offered_at=record.offered_at,
+        ordered_at=record.ordered_at,
+        soak_from=record.soak_from,
+        waived=record.waived,
+        before_known=facts.before_known,
+        breach=guardrails.check(record.policy.guardrails, devices, taken.guardrails),
+        verdict=verdict,
     )
+    return Basis(now=now, situation=situation, devices=devices, acknowledged=taken.guardrails)
 
 
 def _is_back(record: RolloutRecord, waiting: Sequence[AssignmentRecord], now: int) -> bool:
@@ -299,32 +295,34 @@ def _device_facts(
     record: RolloutRecord, m: AssignmentRecord, recent: Recent | None
 ) -> guardrails.DeviceFacts:
     treated = m.arm is Arm.CANARY
-    watched = record.soak_from is not None and m.arm is not Arm.NONE and m.state in _SERVING
+    watched = record.watch_from is not None and m.arm is not Arm.NONE and m.state in _SERVING
     return guardrails.DeviceFacts(
         device=m.device_id,
         state=m.state,
         treated=treated,
         code=m.code,
         aftermath=m.aftermath,
-        silent=not recent.speaking if watched and recent is not None else None,
+        silent=not recent.speaking if watched and recent is not None and recent.begun else None,
         windows=recent.windows if recent is not None else 0,
         errors=recent.errors if recent is not None else 0,
+        restarts=recent.restarts if watched and recent is not None else 0,
     )
 
 
 def _facts(tx: Session, record: RolloutRecord, members: Sequence[AssignmentRecord], now: int) -> Facts:
     policy = record.policy
     width = policy.bucket_s * MICROS
-    skew = store.worst_skew(tx)
+    skew = said.worst_skew(tx)
     if record.ordered_at is None and policy.strategy != "all_at_once":
         ready = [m for m in members if m.state is AssignmentState.READY and m.previous is not None]
         since = now - round(2 * (policy.min_pre_buckets + 1) * width)
-        rows = seen.load(tx, record, ready, since, skew) if ready else None
+        rows = seen.load(tx, record, ready, (since, None), skew=skew) if ready else None
         known = policy.min_pre_buckets == 0 or (rows is not None and seen.before_known(rows, ready, policy))
     else:
         known = True
     quiet = now - round((policy.silent_buckets + 1) * width + policy.delivery_s * MICROS)
-    since = quiet if record.soak_from is not None or record.ordered_at is None else record.ordered_at
+    since = quiet if record.watch_from is not None or record.ordered_at is None else record.ordered_at
     compared = [m for m in members if m.arm is not Arm.NONE]
-    recent = seen.recent(record, compared, seen.load(tx, record, compared, since, skew), now)
+    rows = seen.load(tx, record, compared, (since, None), skew=skew)
+    recent = seen.recent(tx, record, compared, rows, now)
     return Facts(recent=recent, before_known=known)

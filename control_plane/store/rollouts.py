@@ -4,19 +4,21 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import func, update
+from sqlalchemy import ColumnElement, and_, or_, update
 from sqlmodel import Session, col, select
 
 from contract.errors import PitheadError
-from contract.messages import Aftermath, AssignmentState, ModelAssignment
+from contract.messages import Aftermath, AssignmentState, ModelAssignment, Reporting
 from control_plane.core.policy import Policy
 from control_plane.core.progress import Arm, Pause
 from control_plane.core.rollout import FINAL, RolloutState
 from control_plane.store.tables.device import Device
 from control_plane.store.tables.rollouts import AssignmentRow, GateEvidenceRow, RolloutRow, VerdictRow
-from control_plane.store.tables.telemetry import Receipt, Summary
 
 FINAL_NAMES: Final = tuple(sorted(state.value for state in FINAL))
+_UNDER_WAY_NAMES: Final = tuple(
+    s.value for s in (RolloutState.RUNNING, RolloutState.PAUSED, RolloutState.ROLLING_BACK)
+)
 VARIABLES: Final = 500
 """Values in one ``IN``, below SQLite's limit."""
 
@@ -51,9 +53,25 @@ class RolloutRecord(msgspec.Struct, frozen=True):
     offered_at: int | None = None
     first_ordered_at: int | None = None
     ordered_at: int | None = None
-    soak_from: int | None = None
+    watch_from: int | None = None
     looked_at: int = 0
     receipts_to: int = 0
+
+    @property
+    def soak_from(self) -> int | None:
+        """Since when this stage soaks; None while its devices are not activated yet."""
+        return self.watch_from if self.ordered_at is not None else None
+
+    @property
+    def watched_stage(self) -> int:
+        """The stage whose canaries and controls are compared: between two stages, the one before."""
+        return self.stage if self.ordered_at is not None else self.stage - 1
+
+    @property
+    def reporting(self) -> Reporting:
+        """How often its devices must report."""
+        policy = self.policy
+        return Reporting(bucket_s=policy.bucket_s, health_s=policy.health_s, trial_s=policy.trial_s)
 
 
 class AssignmentRecord(msgspec.Struct, frozen=True):
@@ -90,36 +108,6 @@ class VerdictRecord(msgspec.Struct, frozen=True):
     id: int = 0
 
 
-class SeenReceipt(msgspec.Struct, frozen=True):
-    """A receipt, as far as a rollout cares."""
-
-    id: int
-    device_id: str
-    version: str
-    state: AssignmentState
-    activation: int
-    attempt: int
-    rollout: str | None
-    code: str | None
-    detail: str
-    aftermath: Aftermath | None
-
-
-class SeenBucket(msgspec.Struct, frozen=True):
-    """A summary, as far as the gate cares."""
-
-    device_id: str
-    t_received: int
-    version: str
-    activation: int
-    bucket_start: int
-    bucket_s: float
-    count: int
-    errors: int
-    alarms: int
-    latency_p95_us: float | None
-
-
 _JSON_FIELDS: Final = {"assignment": ModelAssignment, "selection": Selection, "policy": Policy}
 
 
@@ -130,6 +118,7 @@ def put(tx: Session, record: RolloutRecord) -> None:
         values[name] = _json(values[name])
     values["state"] = record.state.value
     values["pause"] = record.pause.value
+    values["soak_from"] = values.pop("watch_from")
     tx.merge(RolloutRow(**values))
     tx.flush()
 
@@ -165,12 +154,11 @@ def open_ids(tx: Session) -> list[str]:
 
 
 def unfinished_ids(tx: Session) -> list[str]:
-    """Return the ids of the rollouts that have succeeded while some devices are still on their way."""
-    under_way = [s.value for s in AssignmentState if s not in _ENDED]
+    """Return the ids of the rollouts that have ended while some devices are still on their way."""
     statement = (
         select(RolloutRow.id)
         .join(AssignmentRow, col(AssignmentRow.rollout_id) == col(RolloutRow.id))
-        .where(RolloutRow.state == RolloutState.SUCCEEDED.value, col(AssignmentRow.state).in_(under_way))
+        .where(col(RolloutRow.state).in_(FINAL_NAMES), _under_way())
         .distinct()
         .order_by(col(RolloutRow.id))
     )
@@ -185,6 +173,11 @@ _ENDED: Final = frozenset(
         AssignmentState.SUPERSEDED,
     }
 )
+
+
+def _under_way() -> ColumnElement[bool]:
+    ended = [s.value for s in _ENDED]
+    return or_(col(AssignmentRow.state).not_in(ended), col(AssignmentRow.returning))
 
 
 def put_assignments(tx: Session, records: Iterable[AssignmentRecord]) -> None:
@@ -210,15 +203,19 @@ def assignments(tx: Session, rollout_id: str) -> list[AssignmentRecord]:
 
 
 def locked(tx: Session, model_name: str, devices: Collection[str]) -> dict[str, str]:
-    """Return device -> rollout for those of ``devices`` that an open rollout of the model has."""
+    """Return device -> rollout for those of ``devices`` that an open rollout of the model has.
+
+    A rollout that goes back has only those that have not said that they did.
+    """
     found: dict[str, str] = {}
-    for part in _parts(devices):
+    for part in parts(devices):
         statement = (
             select(AssignmentRow.device_id, AssignmentRow.rollout_id)
             .join(RolloutRow, col(AssignmentRow.rollout_id) == col(RolloutRow.id))
             .where(
                 RolloutRow.model_name == model_name,
                 col(RolloutRow.state).not_in(FINAL_NAMES),
+                or_(col(RolloutRow.state) != RolloutState.ROLLING_BACK.value, col(AssignmentRow.returning)),
                 col(AssignmentRow.device_id).in_(part),
             )
         )
@@ -231,17 +228,53 @@ def supersede(tx: Session, model_name: str, devices: Collection[str], now: int) 
     closed = select(RolloutRow.id).where(
         RolloutRow.model_name == model_name, col(RolloutRow.state).in_(FINAL_NAMES)
     )
-    ended = [s.value for s in _ENDED]
-    for part in _parts(devices):
+    for part in parts(devices):
         tx.execute(
             update(AssignmentRow)
             .where(
                 col(AssignmentRow.device_id).in_(part),
                 col(AssignmentRow.rollout_id).in_(closed),
-                col(AssignmentRow.state).not_in(ended),
+                _under_way(),
             )
-            .values(state=AssignmentState.SUPERSEDED.value, changed_at=now)
+            .values(state=AssignmentState.SUPERSEDED.value, returning=False, changed_at=now)
         )
+
+
+def attempts(tx: Session, model_name: str, version: str, sha256: str) -> dict[str, int]:
+    """Return, by device, the highest attempt at a version (its manifest) that any rollout has made."""
+    statement = select(RolloutRow).where(RolloutRow.model_name == model_name, RolloutRow.version == version)
+    found: dict[str, int] = {}
+    for record in [_rollout(row) for row in tx.exec(statement)]:
+        if record.assignment.manifest_sha256 == sha256:
+            for m in assignments(tx, record.id):
+                found[m.device_id] = max(found.get(m.device_id, 0), m.attempt)
+    return found
+
+
+def reporting_of_others(tx: Session, rollout_id: str, devices: Collection[str]) -> dict[str, list[Reporting]]:
+    """Return, by device, how often the other rollouts under way on it need its reports."""
+    found: dict[str, list[Reporting]] = {}
+    for part in parts(devices):
+        statement = (
+            select(AssignmentRow.device_id, RolloutRow)
+            .join(RolloutRow, col(AssignmentRow.rollout_id) == col(RolloutRow.id))
+            .where(
+                col(RolloutRow.state).in_(_UNDER_WAY_NAMES),
+                RolloutRow.id != rollout_id,
+                col(AssignmentRow.device_id).in_(part),
+            )
+        )
+        for device, row in tx.exec(statement):
+            found.setdefault(device, []).append(_rollout(row).reporting)
+    return found
+
+
+def gone(tx: Session, devices: Collection[str]) -> set[str]:
+    """Return those of ``devices`` that are revoked or no longer known."""
+    there: set[str] = set()
+    for part in parts(devices):
+        there.update(tx.exec(select(Device.id).where(col(Device.id).in_(part), Device.state == "active")))
+    return set(devices) - there
 
 
 def of_device(tx: Session, device_id: str) -> list[AssignmentRecord]:
@@ -270,22 +303,41 @@ def verdicts(tx: Session, rollout_id: str, *, newest_only: int | None = None) ->
     )
     if newest_only is not None:
         statement = statement.limit(newest_only)
-    found = [
-        VerdictRecord(
-            id=row.id or 0,
-            rollout_id=row.rollout_id,
-            t=row.t,
-            stage=row.stage,
-            kind=row.kind,
-            verdict=row.verdict,
-            bucket=row.bucket,
-            reason=row.reason,
-            numbers=msgspec.json.decode(row.numbers, type=dict[str, Any]),
-            evidence_sha256=row.evidence_sha256,
+    return [_verdict(row) for row in tx.exec(statement)][::-1]
+
+
+def standing(tx: Session, rollout_id: str, since: int) -> list[VerdictRecord]:
+    """Return the comparison's decisions from ``since`` on: all of a stage's gate, and every halt."""
+    statement = (
+        select(VerdictRow)
+        .where(
+            VerdictRow.rollout_id == rollout_id,
+            col(VerdictRow.t) >= since,
+            or_(
+                col(VerdictRow.kind) == "gate",
+                and_(col(VerdictRow.kind) == "watch", col(VerdictRow.verdict) == "halt"),
+            ),
         )
-        for row in tx.exec(statement)
-    ]
-    return found[::-1]
+        .order_by(col(VerdictRow.id))
+    )
+    return [_verdict(row) for row in tx.exec(statement)]
+
+
+def of_people(tx: Session, rollout_id: str) -> list[VerdictRecord]:
+    """Return what people have decided, in order."""
+    return _verdicts(tx, rollout_id, col(VerdictRow.kind) == "person")
+
+
+def halts(tx: Session, rollout_id: str) -> list[VerdictRecord]:
+    """Return every decision to halt, in order."""
+    return _verdicts(tx, rollout_id, col(VerdictRow.verdict) == "halt")
+
+
+def _verdicts(tx: Session, rollout_id: str, which: ColumnElement[bool]) -> list[VerdictRecord]:
+    statement = (
+        select(VerdictRow).where(VerdictRow.rollout_id == rollout_id, which).order_by(col(VerdictRow.id))
+    )
+    return [_verdict(row) for row in tx.exec(statement)]
 
 
 def put_evidence(tx: Session, rollout_id: str, sha256: str, content: bytes) -> None:
@@ -302,57 +354,29 @@ def evidence(tx: Session, rollout_id: str, sha256: str) -> bytes:
     return row.content
 
 
-def newest_receipt(tx: Session) -> int:
-    """Return the id of the newest receipt, or 0."""
-    return tx.exec(select(Receipt.id).order_by(col(Receipt.id).desc()).limit(1)).first() or 0
-
-
-def receipts_after(tx: Session, model_name: str, after: int, limit: int = 10_000) -> list[SeenReceipt]:
-    """Return the receipts on a model above the id ``after``, in order."""
-    fields = SeenReceipt.__struct_fields__
-    statement = (
-        select(*(getattr(Receipt, name) for name in fields))
-        .where(col(Receipt.id) > after, Receipt.model_name == model_name)
-        .order_by(col(Receipt.id))
-        .limit(limit)
-    )
-    return [
-        msgspec.convert(dict(zip(fields, row, strict=True)), SeenReceipt) for row in tx.execute(statement)
-    ]
-
-
-def buckets(
-    tx: Session, model_name: str, devices: Collection[str], *, since: int, received_since: int
-) -> list[SeenBucket]:
-    """Return summaries of ``devices``, from ``since`` by their clocks and from ``received_since`` by ours."""
-    fields = SeenBucket.__struct_fields__
-    wanted = set(devices)
-    statement = (
-        select(*(getattr(Summary, name) for name in fields))
-        .where(
-            Summary.model_name == model_name,
-            col(Summary.bucket_start) >= since,
-            col(Summary.t_received) >= received_since,
-        )
-        .order_by(col(Summary.id))
-    )
-    return [SeenBucket(*row) for row in tx.execute(statement) if row[0] in wanted]
-
-
-def worst_skew(tx: Session) -> int:
-    """Return by how much the clock of any device is known to be wrong, in microseconds."""
-    skew = col(Device.clock_skew_us)
-    lowest, highest = tx.execute(select(func.min(skew), func.max(skew))).one()
-    return max(abs(int(lowest or 0)), abs(int(highest or 0)))
-
-
 def _rollout(row: RolloutRow) -> RolloutRecord:
-    values: dict[str, Any] = {name: getattr(row, name) for name in RolloutRecord.__struct_fields__}
+    names = set(RolloutRecord.__struct_fields__) - {"watch_from"}
+    values: dict[str, Any] = {name: getattr(row, name) for name in names} | {"watch_from": row.soak_from}
     for name, kind in _JSON_FIELDS.items():
         values[name] = msgspec.json.decode(values[name], type=kind)
     values["state"] = RolloutState(row.state)
     values["pause"] = Pause(row.pause)
     return RolloutRecord(**values)
+
+
+def _verdict(row: VerdictRow) -> VerdictRecord:
+    return VerdictRecord(
+        id=row.id or 0,
+        rollout_id=row.rollout_id,
+        t=row.t,
+        stage=row.stage,
+        kind=row.kind,
+        verdict=row.verdict,
+        bucket=row.bucket,
+        reason=row.reason,
+        numbers=msgspec.json.decode(row.numbers, type=dict[str, Any]),
+        evidence_sha256=row.evidence_sha256,
+    )
 
 
 def _assignment(row: AssignmentRow) -> AssignmentRecord:
@@ -365,7 +389,8 @@ def _assignment(row: AssignmentRow) -> AssignmentRecord:
     return AssignmentRecord(**values)
 
 
-def _parts(devices: Collection[str]) -> Iterable[Sequence[str]]:
+def parts(devices: Collection[str]) -> Iterable[Sequence[str]]:
+    """Yield ``devices`` in parts that one ``IN`` can take."""
     line = sorted(devices)
     return (line[start : start + VARIABLES] for start in range(0, len(line), VARIABLES))
 

@@ -352,7 +352,8 @@ def test_needed_numbers_are_the_smallest(controls: int, alpha: float):
 def test_shares_of_alpha_add_up(stages: int):
     shares = design.alpha_shares(stages)
     assert len(shares) == stages
-    assert sum(own + watch for own, watch in shares) == pytest.approx(1)
+    late = sum(design.late_share(period) for period in range(1, 100_000))
+    assert sum(own + watch for own, watch in shares) + late == pytest.approx(1, abs=1e-5)
 
 
 def test_all_choices_are_written_down_or_sampled_alike():

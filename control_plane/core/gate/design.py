@@ -6,6 +6,8 @@ from control_plane.core.gate.permutation import possible
 
 MOST: Final = 64
 """No decision needs more canaries than this, whatever alpha is."""
+RESERVED: Final = 0.2
+"""Share of alpha for the watch after a stage's longest soak, while a person is awaited."""
 
 
 def can_decide(sizes: list[tuple[int, int]], *, alpha: float, extremes: int = 1) -> bool:
@@ -39,10 +41,21 @@ def alpha_shares(stages: int) -> list[tuple[float, float]]:
     """Return, by stage, the shares of alpha of (its own comparison, the watch over earlier stages).
 
     A rollout may halt without cause with chance alpha over all of its
-    stages. The first stage, where most harm shows, has half of it; the rest
-    is divided evenly. Each stage is randomised anew, so the shares add up.
+    stages. ``RESERVED`` is kept for the time after the longest soaks; of the
+    rest the first stage, where most harm shows, has half, and the others
+    share the other half evenly. By the union bound the shares add up.
     """
+    first = 1 - RESERVED
     if stages == 1:
-        return [(1.0, 0.0)]
-    part = 0.5 / (2 * (stages - 1))
-    return [(0.5, 0.0), *((part, part) for _ in range(stages - 1))]
+        return [(first, 0.0)]
+    first /= 2
+    part = first / (2 * (stages - 1))
+    return [(first, 0.0), *((part, part) for _ in range(stages - 1))]
+
+
+def late_share(period: int) -> float:
+    """Return the share of alpha of the ``period``-th longest soak since the first activation, from 1.
+
+    The shares of all periods, however many, add up to ``RESERVED``.
+    """
+    return RESERVED / (period * (period + 1))

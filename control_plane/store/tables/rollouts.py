@@ -32,8 +32,9 @@ class RolloutRow(SQLModel, table=True):
     first_ordered_at: int | None = Field(default=None, sa_type=MICROS)
     ordered_at: int | None = Field(default=None, sa_type=MICROS)
     soak_from: int | None = Field(default=None, sa_type=MICROS)
+    """Since when both arms are compared; it outlives its stage until the next one is activated."""
     looked_at: int = 0
-    """Bucket of the last look of this stage."""
+    """Bucket of the last look since then."""
     receipts_to: int = Field(default=0, sa_type=MICROS)
     """Receipts up to this id have been read."""
 
@@ -78,7 +79,8 @@ class VerdictRow(SQLModel, table=True):
     t: int = Field(sa_type=MICROS)
     stage: int
     kind: str
-    """``gate``, ``watch`` (over earlier stages), ``guardrail`` or ``count``."""
+    """``gate``, ``watch`` (over earlier stages and after the longest soak), ``guardrail``, ``count``,
+    ``coverage``, ``soak`` or ``person``."""
     verdict: str
     bucket: int | None = None
     reason: str
