@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   pithead-agent status                  what runs where, and why
   pithead-agent status --json
   pithead-agent doctor                  what keeps this device from working
+  pithead-agent recalibrate LANE        fit a lane's model to its source anew
 
 SIGTERM and SIGINT end `run` and its engine; SIGHUP ends `run` alone: the
 engine goes on, and the next `run` finds it.
@@ -71,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="for programs")
     show.set_defaults(act=_status)
 
+    again = commands.add_parser(
+        "recalibrate", parents=[common], help="fit a lane's model anew, while the present fit serves"
+    )
+    again.add_argument("lane", metavar="LANE", help="name of a lane in agent.toml")
+    again.set_defaults(act=_recalibrate)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check what this device needs")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(act=_doctor)
@@ -106,6 +113,12 @@ def _doctor(layout: Layout, options: argparse.Namespace) -> int:
     for finding in wiring.doctor(layout):
         bad = bad or finding.result == "failed"
         if options.json:
+def _recalibrate(layout: Layout, options: argparse.Namespace) -> int:
+    wiring.recalibrate(layout, options.lane)
+    sys.stdout.write(f"The lane {options.lane} is calibrated anew as soon as its agent runs.\n")
+    return 0
+
+
             sys.stdout.write(msgspec.json.encode(finding).decode() + "\n")
         else:
             remedy = f"\n{'':23}-> {finding.remedy}" if finding.remedy else ""

@@ -9,7 +9,18 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from contract.messages import Anomaly, Count, ErrorCode, Micros, ModelSummary, Name, Sha256, Text, Version
+from contract.messages import (
+    Anomaly,
+    Count,
+    ErrorCode,
+    Label,
+    Micros,
+    ModelSummary,
+    Name,
+    Sha256,
+    Text,
+    Version,
+)
 
 MAX_IPC_MESSAGE: Final = 8 * 1024 * 1024
 
@@ -22,6 +33,8 @@ class FitResult(Struct, frozen=True):
     threshold: float
     samples: Count
     t: Micros
+    binding: Label = ""
+    """The ``binding`` of the lane that was calibrated."""
 
 
 class LaneSpec(Struct, frozen=True, omit_defaults=True):
@@ -29,7 +42,8 @@ class LaneSpec(Struct, frozen=True, omit_defaults=True):
 
     A change of ``digest``, ``variant``, ``accelerator``, ``activation`` or
     ``fit`` loads a new session beside the old one and then swaps. A lane
-    whose manifest asks for a fit and that has none calibrates first.
+    whose manifest asks for a fit and that has none calibrates first; so does
+    one whose ``binding`` changes.
     """
 
     lane: Name
@@ -47,6 +61,8 @@ class LaneSpec(Struct, frozen=True, omit_defaults=True):
     """The lane's ``source`` table of the configuration; ``kind`` chooses the adapter."""
     activation: Count = 0
     fit: FitResult | None = None
+    binding: Label = ""
+    """What a fit holds for: changes with the source, and when a person asks for another calibration."""
 
 
 # --- supervisor -> engine

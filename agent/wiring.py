@@ -95,6 +95,20 @@ def read_settings(layout: Layout) -> AgentSettings:
     return parse(overridden(table, os.environ))
 
 
+def recalibrate(layout: Layout, lane: str) -> None:
+    """Ask durably for another calibration of a lane; the supervisor sees it at its next turn.
+
+    Raises ``config.invalid`` for a lane that the configuration does not have, and ``storage.*``.
+    """
+    names = [each.name for each in read_settings(layout).lanes]
+    if lane not in names:
+        said = f"there are {', '.join(names)}" if names else "it has none"
+        raise PitheadError(
+            "config.invalid", f"{layout.config}: no lane is named {lane!r}; {said}", key="lanes"
+        )
+    durable.write(layout.calibration(lane), str(clock().wall()).encode())
+
+
 def device_tls(layout: Layout) -> ssl.SSLContext:
     """Return TLS with the device's certificate, trusting the server's CA alone. Raises ``storage.*``."""
     context = DeviceContext(lambda: clock_is_right(time.time_ns() // 1000, time_floor(layout)))

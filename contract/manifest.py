@@ -125,11 +125,14 @@ class Fit(Struct, frozen=True, omit_defaults=True):
     samples: Annotated[int, Meta(ge=8, le=1_000_000)]
     """Windows to collect before the model is in service."""
     mean_range: RangePerChannel
-    """Per channel, where the fitted mean may lie."""
+    """Per channel, where the fitted mean may lie; it is the median of the calibration's samples."""
     scale_range: RangePerChannel
-    """Per channel, where the fitted standard deviation may lie."""
+    """Per channel, where the fitted deviation may lie; 1.4826 times the median absolute deviation."""
     quantile: Annotated[float, Meta(gt=0, le=1)]
-    """The fitted threshold is ``margin`` times this quantile of the calibration scores."""
+    """The fitted threshold is ``margin`` times this quantile of the calibration scores.
+
+    The share above it may be out of the ordinary without moving the threshold.
+    """
     margin: Annotated[float, Meta(gt=0, le=1e6)]
     threshold_range: tuple[Real, Real]
 

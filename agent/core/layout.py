@@ -86,6 +86,10 @@ class Layout(Struct, frozen=True):
         """One small JSON file for each model."""
         return self.state_dir / "slots"
 
+    def calibration(self, lane: str) -> Path:
+        """When a person last asked for another calibration of a lane."""
+        return self.state_dir / "calibrations" / lane
+
     @property
     def outbox(self) -> Path:
         """Records that the control plane has not acknowledged yet."""

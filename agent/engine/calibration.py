@@ -1,4 +1,10 @@
-"""Fit normalisation and threshold to one device, within the ranges that the manifest signs."""
+"""Fit normalisation and threshold to one device, within the ranges that the manifest signs.
+
+A calibration meets the device as it is, perhaps while an update installs or
+a backup runs. So nothing in a fit follows the largest values: the middle and
+the spread are medians, and the threshold a quantile of the scores below the
+top, as far below as the manifest says.
+"""
 
 from typing import Final
 
@@ -12,6 +18,8 @@ from contract.manifest import Fit
 from inference.arithmetic import normalise
 from inference.scoring import Scorer
 
+TO_DEVIATION: Final = 1.4826
+"""Standard deviation over median absolute deviation, of a normal distribution."""
 ENOUGH: Final = 0.5
 """Share of the calibration's windows that must get a score."""
 
@@ -47,14 +55,16 @@ class Calibration:
     def result(self, scorer: Scorer, now: int) -> FitResult:
         """Return the fit; leaves ``scorer`` with the fitted normalisation.
 
-        Mean and standard deviation are those of all samples in the windows,
-        the threshold is ``margin`` times the quantile of the scores that the
-        model then gives; each is clamped into its signed range. Raises
+        The mean is the median of all samples in the windows, the scale their
+        median absolute deviation in terms of a standard deviation, the
+        threshold ``margin`` times the quantile of the scores that the model
+        then gives; each is clamped into its signed range. Raises
         ``inference.not_finite`` when the model scores too few of the windows.
         """
         raw: Rows = np.concatenate(self._parts)
-        mean = _clamp(raw.mean(axis=(0, 1)), self.fit.mean_range)
-        scale = _clamp(raw.std(axis=(0, 1)), self.fit.scale_range)
+        middle = np.median(raw, axis=(0, 1))
+        spread = TO_DEVIATION * np.median(np.abs(raw - middle), axis=(0, 1))
+        mean, scale = _clamp(middle, self.fit.mean_range), _clamp(spread, self.fit.scale_range)
         scorer.mean, scorer.scale = tuple(mean.tolist()), tuple(scale.tolist())
         scored = scorer.run_cut(normalise(raw, mean, scale, scorer.pipeline.clip))
         values = scored.scores[scored.good]

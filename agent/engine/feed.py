@@ -16,9 +16,10 @@ FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 30.0
 
 
-def needs(pipeline: Pipeline) -> tuple[object, ...]:
-    """What of a pipeline a source depends on."""
-    return tuple(c.name for c in pipeline.channels), pipeline.sample_rate_hz
+def needs(pipeline: Pipeline, table: Table) -> tuple[object, ...]:
+    """What of a pipeline the source that ``table`` describes depends on; a rate of its own goes first."""
+    rate = pipeline.sample_rate_hz if table.get("rate_hz") is None else None
+    return tuple(c.name for c in pipeline.channels), rate
 
 
 class Feed:
@@ -39,7 +40,7 @@ class Feed:
 
         Opens it first where that is needed; a failure is kept in ``problem``.
         """
-        key = table, needs(pipeline)
+        key = table, needs(pipeline, table)
         if key != self._key:
             self.close()
             self._key, self._retry_at, self._retry_s, self.problem = key, 0, FIRST_RETRY_S, None

@@ -114,6 +114,7 @@ class Lane:
         wanted = self._wanted
         self._take_loaded(wanted)
         self._take_fits(wanted)
+        self._leave_source(wanted)
         self._load_if_needed(wanted)
         self._pump(wanted)
         self._report.tick(wanted, self._serving, self._bucket_s, self._feed.backlog())
@@ -124,6 +125,13 @@ class Lane:
         self._wake.wait(pause)
 
     # ---- versions
+
+    def _leave_source(self, wanted: LaneSpec) -> None:
+        """What is fitted to one source must not judge another."""
+        if self._candidate is not None and self._candidate.fits_another_source(wanted):
+            self._drop_candidate()
+        if self._serving is not None and self._serving.fits_another_source(wanted):
+            self._retire(self._serving)
 
     def _load_if_needed(self, wanted: LaneSpec) -> None:
         if self._candidate is not None and not self._candidate.serves(wanted):
@@ -179,11 +187,16 @@ class Lane:
         """
         self._drop_candidate()
         self._candidate, self._refused = fresh, None
+        self._outlet.forget_fit(self.name)
         old = self._serving
-        if old is not None and needs(old.pipeline) != needs(fresh.pipeline):
-            self._report.swapped(old.spec, old, self._feed.backlog())
-            self._serving = None
-            self._loader.submit(old.session.close)
+        if old is not None and not _same_rows(old, fresh):
+            self._retire(old)
+
+    def _retire(self, old: Served) -> None:
+        """End the serving of ``old`` with nothing in its place yet."""
+        self._report.swapped(old.spec, old, self._feed.backlog())
+        self._serving = None
+        self._loader.submit(old.session.close)
 
     def _fit(self, served: Served) -> None:
         """Runs in the loader's thread."""
@@ -202,10 +215,15 @@ class Lane:
             served, result = self._fits.popleft()
             if served is not self._candidate:
                 continue
+            if not served.serves(wanted):
+                # It was calibrated for an order that does not stand any more.
+                self._drop_candidate()
+                continue
             if isinstance(result, PitheadError):
                 self._drop_candidate()
                 self._refuse(wanted, result)
                 continue
+            result = replace(result, binding=served.spec.binding)
             self._candidate, self._fitting = None, False
             served.apply(result)
             self._swap(served)
@@ -223,7 +241,7 @@ class Lane:
         log.info("lane.swapped", extra={"facts": facts})
         if old is None:
             return
-        if needs(old.pipeline) == needs(fresh.pipeline) and old.windower.geometry == fresh.windower.geometry:
+        if _same_rows(old, fresh) and old.windower.geometry == fresh.windower.geometry:
             fresh.windower = old.windower
         self._report.swapped(old.spec, old, self._feed.backlog())
         self._loader.submit(old.session.close)
@@ -311,6 +329,11 @@ class Lane:
         if problem is not None:
             state = replace(state, code=problem.code, detail=problem.detail[:2000])
         return state
+
+
+def _same_rows(old: Served, fresh: Served) -> bool:
+    """Whether both take the rows of one and the same source."""
+    return needs(old.pipeline, fresh.spec.source) == needs(fresh.pipeline, fresh.spec.source)
 
 
 def _limit(served: Served) -> int:

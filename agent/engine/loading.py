@@ -60,6 +60,10 @@ class Served:
             return None
         return self.last_error[0]
 
+    def fits_another_source(self, wanted: LaneSpec) -> bool:
+        """Whether this is fitted, or being fitted, to a source that is not the lane's any more."""
+        return self.pipeline.fit is not None and wanted.source != self.spec.source
+
     def serves(self, wanted: LaneSpec) -> bool:
         """Whether ``wanted`` asks for nothing but what this is.
 
@@ -68,12 +72,14 @@ class Served:
         """
         if wanted.fit not in (self.spec.fit, self.fit):
             return False
+        if self.pipeline.fit is not None and wanted.binding != self.spec.binding:
+            return False
         return _identity(self.spec) == _identity(wanted)
 
 
 def key(spec: LaneSpec) -> tuple[object, ...]:
     """What cannot change without a new session."""
-    return *_identity(spec), spec.fit
+    return *_identity(spec), spec.fit, spec.binding
 
 
 def _identity(spec: LaneSpec) -> tuple[str, str, str, int]:

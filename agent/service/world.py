@@ -1,10 +1,12 @@
 """What the device is now: its stores, its engine's lanes and its last failures, as values for the planner."""
 
+import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from agent.core import blame, health, plan, slots, variants
@@ -12,6 +14,7 @@ from agent.core.blame import Suspect
 from agent.core.layout import Layout
 from agent.core.settings import AgentSettings, Lane
 from agent.core.slots import Installed, Serving, Slots
+from agent.errors import from_os
 from agent.ports import FitResult, LaneSpec, LaneState
 from agent.store.objects import ObjectStore
 from agent.store.slots import SlotStore
@@ -175,7 +178,7 @@ class World:
 
     def fitted(self, lane: str, digest: Sha256, fit: FitResult) -> None:
         """Keep a calibration, durably."""
-        key = self._fit_key(digest, lane)
+        key = self._fit_key(digest, lane, fit.binding)
         self._fits[key] = fit
         self.state.put({FIT + key: fit})
 
@@ -304,15 +307,33 @@ class World:
             digest=installed.digest,
             manifest=str(self.objects.path(installed.digest)),
             files={path: str(self.objects.path(sha256)) for path, sha256 in installed.files.items()},
+        binding = _binding(source, self._asked(lane.name))
             variant=installed.variant,
             accelerator=installed.accelerator,
             source=source,
             activation=serving.activation,
-            fit=self._fits.get(self._fit_key(installed.digest, lane.name)),
+            fit=self._fits.get(self._fit_key(installed.digest, lane.name, binding)),
+            binding=binding,
         )
 
-    def _fit_key(self, digest: Sha256, lane: str) -> str:
-        return f"{self.machine.device}/{digest}/{lane}"
+    def _asked(self, lane: str) -> str:
+        """Return when another calibration was last asked for; raises ``storage.*``."""
+        path = self.layout.calibration(lane)
+        try:
+            return path.read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise from_os(error, f"reading {path}") from error
+
+    def _fit_key(self, digest: Sha256, lane: str, binding: str) -> str:
+        return f"{self.machine.device}/{digest}/{lane}/{binding}"
+
+
+def _binding(source: Mapping[str, object], asked: str) -> str:
+    """Return what a fit holds for: one source, until another calibration is asked for."""
+    text = msgspec.json.encode([source, asked], order="sorted")
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def lane_seen(

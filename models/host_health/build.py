@@ -26,7 +26,11 @@ STRIDE: Final = 2
 CLIP: Final = 8.0
 ORDINARY: Final = 3.0
 """Deviations; what lies further out is returned as if it lay here."""
-CALIBRATION_WINDOWS: Final = 16
+CALIBRATION_WINDOWS: Final = 60
+"""A minute, so that a busy moment in it is a small part."""
+CALIBRATION_QUANTILE: Final = 0.75
+"""A quarter of the minute may be busy: the pressure averages of the kernel take ten seconds to forget."""
+CALIBRATION_MARGIN: Final = 4.0
 FALSE_ALARMS: Final = 0.001
 _TRAINING, _HELD_OUT = 24_000, 40_000
 
@@ -125,8 +129,8 @@ def _pipeline() -> Pipeline:
             samples=CALIBRATION_WINDOWS,
             mean_range=tuple((0.0, highest) for *_, highest in usual),
             scale_range=tuple((low, high) for _, _, low, high, _ in usual),
-            quantile=1.0,
-            margin=2.0,
+            quantile=CALIBRATION_QUANTILE,
+            margin=CALIBRATION_MARGIN,
             threshold_range=(0.6, 12.0),
         ),
     )

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from agent.core import health, plan, slots
+from agent import wiring
 from agent.core.blame import SOON_S
 from agent.core.layout import Layout
 from agent.core.plan import Fetch, Probe
@@ -396,7 +397,8 @@ def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(bench: Bench, ass
     found = on_trial(bench, assign)
     assert found.trial is not None
     installed = found.trial.installed
-    fit = FitResult((0.0,), (1.0,), 2.0, 10, 5)
+    binding = bench.world.lane_specs()[0].binding
+    fit = FitResult((0.0,), (1.0,), 2.0, 10, 5, binding)
     bench.world.fitted("line", installed.digest, fit)
     world = bench.restarted()
     (spec,) = world.lane_specs()
@@ -415,7 +417,8 @@ def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(bench: B
     found = on_trial(bench, assign)
     assert found.trial is not None
     installed = found.trial.installed
-    bench.world.fitted("line", installed.digest, FitResult((0.0,), (1.0,), 2.0, 10, 5))
+    binding = bench.world.lane_specs()[0].binding
+    bench.world.fitted("line", installed.digest, FitResult((0.0,), (1.0,), 2.0, 10, 5, binding))
     gone = bench.objects.put(b"gone")
     bench.world.forget()
     assert bench.objects.collect(bench.world.needed_objects()) == 1
@@ -442,6 +445,28 @@ def test_receipts_are_made_up_for_after_a_power_cut_and_not_repeated(
         reporter.reported(observed)
         bodies = [e.body for e in bench.records(PriorityClass.RECEIPT)]
         return [b.state.value if isinstance(b, Receipt) else type(b).__name__ for b in bodies]
+
+def test_a_fit_holds_for_its_source_and_until_another_calibration_is_asked_for(bench: Bench, assign: Assign):
+    found = on_trial(bench, assign)
+    assert found.trial is not None
+    (spec,) = bench.world.lane_specs()
+    fit = FitResult((0.0,), (1.0,), 2.0, 10, 5, spec.binding)
+    bench.world.fitted("line", found.trial.installed.digest, fit)
+    assert bench.world.lane_specs()[0].fit == fit
+    bench.layout.config.parent.mkdir(parents=True)
+    bench.layout.config.write_text(
+        '[[lanes]]\nname = "line"\nmodel = "pump"\nsource = {kind = "replay", path = "rows.csv"}\n'
+    )
+    wiring.recalibrate(bench.layout, "line")  # by another process, while this one runs
+    (again,) = bench.world.lane_specs()
+    assert again.fit is None
+    assert again.binding != spec.binding
+    # The engine may still repeat the fit that it had: it is kept for what it was made for.
+    bench.world.fitted("line", found.trial.installed.digest, fit)
+    assert bench.world.lane_specs()[0].fit is None
+    with pytest.raises(PitheadError, match=r"config\.invalid.*no lane is named 'other'; there are line"):
+        wiring.recalibrate(bench.layout, "other")
+
 
     assert report(reporter) == ["acknowledged", "Reported"]
     assert report(reporter) == ["acknowledged", "Reported"]

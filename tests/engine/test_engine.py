@@ -4,6 +4,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ import onnxruntime
 import pytest
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from agent.engine.clock import Clock
+from agent.engine.lane import Lane
+from agent.engine.loading import Loader, load
+from agent.engine.outlet import Outlet
+from agent.ports import FitResult
+from contract.errors import PitheadError
 from contract.manifest import Fit, Score
 from contract.sketch import merge, quantile
 from models.dense import Layer, Network
@@ -328,6 +335,56 @@ def test_a_lane_without_its_fit_calibrates_first_while_the_old_version_serves(en
     third.until(lambda: third.anomalies, "alarms")
     assert third.anomalies[-1].threshold == fit.threshold
     assert not [m for m in third.messages if getattr(m, "state", "") == "calibrating"]
+
+
+def test_another_binding_is_another_calibration_while_the_old_fit_serves(engine: Engine, tmp_path: Path):
+    package = make_package(tmp_path, fit=FIT)
+    source = replay(write_csv(tmp_path / "r.csv", samples()), rate_hz=100.0)
+    supervisor = engine.connect()
+    supervisor.configure(package.spec(source, binding="first"))
+    supervisor.until(lambda: supervisor.fits, "a fit")
+    first = supervisor.fits[-1]
+    assert first.binding == "first"
+    supervisor.configure(package.spec(source, binding="first", fit=first))
+    before = supervisor.until_state(state="running")
+
+    supervisor.configure(package.spec(source, binding="second"))
+    seen = supervisor.until_state(state="calibrating")
+    assert seen.digest == package.digest, "the old fit serves"
+    supervisor.until(lambda: supervisor.fits[-1].binding == "second", "another fit")
+    supervisor.until_state(state="running")
+    assert windows_of(supervisor) > before.windows + 20
+
+
+def test_what_is_fitted_to_one_source_never_judges_another(engine: Engine, tmp_path: Path):
+    """The second source has other values; by the first one's fit each of its rows would be an alarm."""
+    package = make_package(tmp_path, fit=FIT)
+    sources = [replay(write_csv(tmp_path / f"{i}.csv", 400 * i + samples()), rate_hz=100.0) for i in range(2)]
+    supervisor = engine.connect()
+    supervisor.configure(package.spec(sources[0], binding="first"))
+    supervisor.until(lambda: supervisor.fits, "a fit")
+    supervisor.until_state(state="running")
+    supervisor.configure(package.spec(sources[1], binding="second"))
+    supervisor.until(lambda: supervisor.fits[-1].binding == "second", "a fit to the other source")
+    supervisor.until_state(state="running")
+    assert supervisor.fits[-1].mean[0] == 100, "clamped to its range"
+    rows = {
+        int(a.source_ref) % 40 for a in supervisor.anomalies if a.threshold == supervisor.fits[0].threshold
+    }
+    assert len(rows) < 20, "ordinary rows of the second source were judged by the first one's fit"
+
+
+def test_a_calibration_that_is_not_wanted_any_more_never_serves(tmp_path: Path):
+    """The fit was under way in the loader's thread when another version was ordered."""
+    first, second = make_package(tmp_path, fit=FIT), make_package(tmp_path, version="2.0.0", fit=FIT)
+    clock = Clock(wall=lambda: time.time_ns() // 1000, mono=lambda: time.monotonic_ns() // 1000)
+    lane = Lane(second.spec({}), 1.0, Outlet(clock, lambda: None), Loader(), clock)
+    for result in (FitResult((20.0,) * 3, (3.0,) * 3, 1.0, 50, 0), PitheadError("inference.not_finite")):
+        lane._candidate = served = load(first.spec({}))
+        lane._fits.append((served, result))
+        lane._take_fits(second.spec({}))
+        assert (lane._serving, lane._candidate, lane._refused) == (None, None, None)
+        served.session.close()
 
 
 def test_a_calibration_without_a_source_says_so(engine: Engine, tmp_path: Path):
