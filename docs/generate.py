@@ -48,6 +48,24 @@ Guardrails halt at once; the gate halts when harm above the policy's `minimum_ha
 when harm of the `margin` is refuted in every metric, and holds otherwise. A hold past
 `max_soak_buckets` waits for a person.
 
+While a rollout is open its canaries are watched: between stages, in a pause, and after the longest soak
+in late watches of one, two, four ... times its length. A quarter of `alpha` is reserved for those, half
+of what is left for each; when a person is away so long that nothing is left, the guardrails still halt.
+
+A stage without canaries passes only where canaries of this rollout serve the version. A last stage below
+100 % leaves the other devices, the hold-out among them, at the version that they have; one of 100 %
+gives the version to the hold-out when the rollout closes.
+
+With `on_halt = "pause"` a person decides on a halt. Approving acknowledges what was shown, by those
+devices or in that comparison, and the stage goes on; anything else halts again. `skip` needs canaries
+of the stage that serve the version. With `approval = true` neither comes from the rollout's author.
+
+A rollback holds only the devices that have not come back. `abort` ends it without them; their order to
+go back stands. `show --devices` names the version to which each device goes back.
+
+Several rollouts on one device, each of another model, share its reporting: the shortest intervals and
+the longest trial of those under way. After the last one the device goes on as it does.
+
 `pithead rollouts plan` says beforehand what the gate can find with so many devices, `why` what keeps
 a device from its update, and `replay` runs the same gate on a recorded trace.
 """

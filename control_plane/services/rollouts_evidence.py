@@ -15,7 +15,7 @@ import zstandard
 from sqlmodel import Session
 
 from control_plane.core.gate import Evidence, trace
-from control_plane.core.gate.design import alpha_shares, late_share
+from control_plane.core.gate.design import alpha_shares, late_number, late_share, period
 from control_plane.core.gate.evidence import Floats
 from control_plane.core.policy import ALARM_RATE, ERROR_RATE, LATENCY, Policy
 from control_plane.core.progress import MICROS, Arm
@@ -35,7 +35,7 @@ class Due(msgspec.Struct, frozen=True):
     """A look that is due."""
 
     period: int
-    """How many longest soaks had gone by before; 0 while the stage soaks."""
+    """0 while the stage soaks, then the late watches (see ``core.gate.design``)."""
     bucket: int
     """Counted from the period's beginning."""
 
@@ -158,17 +158,16 @@ def watch(record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows
     Those of earlier stages go on voting: harm that comes late must show.
     The period before lies before the first activation of the rollout. Between
     two stages the test of the stage before goes on as it was, so it spends no
-    more. After the longest soak each period of that length is a comparison of
-    its own, with a share of the alpha that is reserved for them.
+    more. After the longest soak come late watches, each a comparison of its
+    own with a share of the alpha that is reserved for them.
     """
     assert record.first_ordered_at is not None
     assert record.watch_from is not None
     stage, longest = record.watched_stage, record.policy.max_soak_buckets
-    start = due.period * longest
+    start, length = period(due.period, longest)
     if due.period:
-        width = record.policy.bucket_s * MICROS
-        # Two periods begin at least a longest soak apart, so no two of a rollout have one number.
-        number = math.floor((record.watch_from - record.first_ordered_at) / (longest * width)) + due.period
+        before = (record.watch_from - record.first_ordered_at) / (longest * record.policy.bucket_s * MICROS)
+        number = late_number(before, due.period)
         share, seed = late_share(number), f"{record.id}:{stage}:late:{number}"
     elif stage == 0:
         share, seed = alpha_shares(record.stages)[0][0], f"{record.id}:0"
@@ -177,7 +176,8 @@ def watch(record: RolloutRecord, members: Sequence[AssignmentRecord], rows: Rows
     chosen = [m for m in members if m.arm is not Arm.NONE]
     span = (start, due.bucket)
     found = _evidence(record, chosen, rows, span, before=record.first_ordered_at, share=share)
-    return msgspec.structs.replace(found, may_advance=False, seed=seed)
+    last = length if due.period else None
+    return msgspec.structs.replace(found, may_advance=False, seed=seed, last=last)
 
 
 def spans(record: RolloutRecord, due: Due) -> list[tuple[int, int | None]]:
@@ -188,7 +188,7 @@ def spans(record: RolloutRecord, due: Due) -> list[tuple[int, int | None]]:
     since = record.first_ordered_at - round(record.policy.pre_buckets * width)
     if due.period == 0:
         return [(since, None)]
-    start = record.watch_from + round((due.period * record.policy.max_soak_buckets - 1) * width)
+    start = record.watch_from + round((period(due.period, record.policy.max_soak_buckets)[0] - 1) * width)
     return [(since, record.first_ordered_at + round(2 * width)), (start, None)]
 
 

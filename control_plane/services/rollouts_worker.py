@@ -5,6 +5,7 @@ die at any moment, come late, or look twice.
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -16,7 +17,7 @@ from sqlmodel import Session
 from contract.messages import Aftermath, AssignmentState
 from control_plane.core import guardrails
 from control_plane.core.assignment import ON_NEW_VERSION
-from control_plane.core.gate import Evidence, Outcome, Verdict, assess, spending
+from control_plane.core.gate import Evidence, Outcome, Verdict, assess, design, spending
 from control_plane.core.policy import Policy
 from control_plane.core.progress import MICROS, Arm, Happen, Member, Situation, Step, next_step
 from control_plane.core.rollout import RolloutEvent, RolloutState
@@ -156,8 +157,8 @@ class Progress:
                 return False
             for kind, evidence, verdict in judged:
                 _keep(tx, current, kind, evidence, verdict, due.period, now)
-            looked_at = due.period * record.policy.max_soak_buckets + due.bucket
-            store.put(tx, replace(current, looked_at=looked_at))
+            start, _ = design.period(due.period, record.policy.max_soak_buckets)
+            store.put(tx, replace(current, looked_at=start + due.bucket))
         return True
 
 
@@ -170,10 +171,13 @@ def due_look(record: RolloutRecord, now: int) -> Due | None:
     if record.state not in _WATCHED or record.watch_from is None or record.policy.strategy == "all_at_once":
         return None
     policy = record.policy
-    by_now, longest = seen.buckets_by(record, now), policy.max_soak_buckets
-    planned = spending.schedule(policy.first_look, policy.look_growth, longest)
-    for period in range(record.looked_at // longest, by_now // longest + 1):
-        due = [bucket for bucket in planned if record.looked_at < period * longest + bucket <= by_now]
+    by_now = seen.buckets_by(record, now)
+    for period in itertools.count():
+        start, length = design.period(period, policy.max_soak_buckets)
+        if start > by_now:
+            return None
+        planned = spending.schedule(policy.first_look, policy.look_growth, length)
+        due = [bucket for bucket in planned if record.looked_at < start + bucket <= by_now]
         if due:
             return Due(period, due[-1])
     return None

@@ -352,8 +352,25 @@ def test_needed_numbers_are_the_smallest(controls: int, alpha: float):
 def test_shares_of_alpha_add_up(stages: int):
     shares = design.alpha_shares(stages)
     assert len(shares) == stages
-    late = sum(design.late_share(period) for period in range(1, 100_000))
-    assert sum(own + watch for own, watch in shares) + late == pytest.approx(1, abs=1e-5)
+    late = sum(design.late_share(number) for number in range(1, 100))
+    assert sum(own + watch for own, watch in shares) + late == pytest.approx(1)
+
+
+@given(st.lists(st.floats(0, 40), min_size=1, max_size=8))
+def test_no_late_watch_of_a_rollout_has_the_number_of_another(soaks: list[float]):
+    """``soaks``: how long each stage was watched, in longest soaks, until the next one was activated."""
+    numbers = []
+    before = 0.0
+    for soak in soaks:
+        begun = [p for p in range(1, 10) if design.period(p, 100)[0] <= soak * 100]
+        numbers += [design.late_number(before, p) for p in begun]
+        before += soak
+    assert len(numbers) == len(set(numbers))
+
+
+def test_periods_follow_each_other():
+    spans = [design.period(number, 12) for number in range(6)]
+    assert [start + length for start, length in spans[:-1]] == [start for start, _ in spans[1:]]
 
 
 def test_all_choices_are_written_down_or_sampled_alike():

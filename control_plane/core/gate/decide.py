@@ -87,7 +87,7 @@ class _Comparison:
         self.present = presence(evidence)
         self.panels = {metric.name: Panel(evidence, metric) for metric in policy.metrics}
         buckets = self.present.shape[1] - evidence.pre
-        self.last = policy.max_soak_buckets
+        self.last = evidence.last or policy.max_soak_buckets
         planned = spending.schedule(policy.first_look, policy.look_growth, self.last)
         self.looks = [bucket for bucket in planned if bucket <= buckets]
         self.allocations = Allocations(self.treated, labels, seed=evidence.seed, limit=policy.permutations)

@@ -6,7 +6,7 @@ from control_plane.core.gate.permutation import possible
 
 MOST: Final = 64
 """No decision needs more canaries than this, whatever alpha is."""
-RESERVED: Final = 0.2
+RESERVED: Final = 0.25
 """Share of alpha for the watch after a stage's longest soak, while a person is awaited."""
 
 
@@ -53,9 +53,26 @@ def alpha_shares(stages: int) -> list[tuple[float, float]]:
     return [(first, 0.0), *((part, part) for _ in range(stages - 1))]
 
 
-def late_share(period: int) -> float:
-    """Return the share of alpha of the ``period``-th longest soak since the first activation, from 1.
+def late_share(number: int) -> float:
+    """Return the share of alpha of the late watch ``number``, from 1: together at most ``RESERVED``."""
+    return float(RESERVED * 0.5**number)
 
-    The shares of all periods, however many, add up to ``RESERVED``.
+
+def late_number(before: float, period: int) -> int:
+    """Return the number, in the rollout, of a stage's late watch ``period``.
+
+    ``before`` is how long after the rollout's first activation the stage's
+    soak began, in longest soaks. A stage's late watches begin 1, 2, 4, 8 ... longest soaks after its soak. So
+    one that had begun ``period`` of them was at least ``period`` longest soaks
+    old when the next stage came, and no number is used twice in a rollout.
     """
-    return RESERVED / (period * (period + 1))
+    return int(before) + period
+
+
+def period(number: int, longest: int) -> tuple[int, int]:
+    """Return (first bucket, length) of a stage's ``number``-th period: its soak, and then late watches.
+
+    Each is twice as long as the one before, so that few of them, and with
+    them what is reserved, last for days.
+    """
+    return (0, longest) if number == 0 else (longest << (number - 1), longest << (number - 1))

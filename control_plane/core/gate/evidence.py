@@ -36,6 +36,8 @@ class Evidence(msgspec.Struct, frozen=True):
     pre: int
     series: dict[str, Any]
     alpha_share: float = 1.0
+    last: int | None = None
+    """Bucket over which the error is spent; the policy's longest soak unless given."""
     may_advance: bool = True
     """False for a comparison that only watches for harm."""
 

@@ -31,6 +31,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     strata: list[str | int] | None = None
     seed: str = DEFAULT_SEED
     alpha_share: float = 1.0
+    last: int | None = None
     may_advance: bool = True
 
 
@@ -57,6 +58,7 @@ def write(evidence: Evidence, *, bucket_s: float, directions: dict[str, bool]) -
             strata=list(evidence.strata),
             seed=evidence.seed,
             alpha_share=evidence.alpha_share,
+            last=evidence.last,
             may_advance=evidence.may_advance,
         )
         yield encoder.encode(header).decode()
@@ -114,6 +116,7 @@ def _trace(blocks: list[tuple[int, Header, list[list[float | None]]]]) -> Trace:
         pre=first.activated_at,
         series=series,
         alpha_share=first.alpha_share,
+        last=first.last,
         may_advance=first.may_advance,
     )
     return Trace(evidence=evidence, bucket_s=first.bucket_s, directions=directions)
@@ -137,6 +140,8 @@ def _header(number: int, line: str) -> Header:
         raise _invalid(number, f"activated_at: {header.activated_at} is negative")
     if not 0 < header.alpha_share <= 1:
         raise _invalid(number, "alpha_share: must lie in (0, 1]")
+    if header.last is not None and header.last < 1:
+        raise _invalid(number, f"last: {header.last} is not a bucket after the activation")
     return header
 
 
