@@ -39,14 +39,17 @@ ALLOWED_CALLS: Final = (
     # what is open already
     *("read", "readv", "pread64", "write", "writev", "lseek", "fstat", "close", "poll", "ppoll"),
     # threads of this process
-    *("futex", "set_robust_list", "rseq", "sched_yield", "sched_getaffinity", "sched_setaffinity", "gettid"),
-    *("getpid", "tgkill", "exit", "exit_group", "get_mempolicy"),
+    *("futex", "set_robust_list", "rseq", "sched_yield", "sched_getaffinity", "gettid"),
+    *("getpid", "exit", "exit_group", "get_mempolicy"),
     # signals, time, facts
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall"),
     *("clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "getrandom"),
-    *("getrusage", "getcpu", "uname", "sysinfo", "prctl"),
+    *("getrusage", "getcpu", "uname", "sysinfo"),
 )
-"""All other system calls fail with EPERM, but for new threads of this process."""
+"""All other system calls fail with EPERM, but for what ``_seccomp_filter`` allows with some arguments."""
+_PRCTL_ALLOWED: Final = (15, 16, 0x53564D41)
+"""Set and read a thread's name, and name memory; nothing that a parent relies on."""
+_LOW_32: Final = 0xFFFFFFFF
 
 
 def confine(
@@ -124,9 +127,14 @@ def _seccomp_filter() -> Any:
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(1))
     for name in ALLOWED_CALLS:
         rules.add_rule(pyseccomp.ALLOW, name)
-    rules.add_rule(
-        pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD)
+    allowed = (
+        ("clone", _CLONE_THREAD, _CLONE_THREAD),  # new threads only
+        ("tgkill", _LOW_32, os.getpid()),  # `abort` and `raise`, no other process
+        ("sched_setaffinity", _LOW_32, 0),  # the calling thread
+        *(("prctl", _LOW_32, option) for option in _PRCTL_ALLOWED),
     )
+    for name, mask, value in allowed:
+        rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(0, pyseccomp.MASKED_EQ, mask, value))
     # glibc then takes clone, whose flags a filter can read.
     rules.add_rule(pyseccomp.ERRNO(38), "clone3")
     return rules

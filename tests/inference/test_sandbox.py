@@ -1,6 +1,7 @@
 """What a process cannot do any more once it is confined. Each attempt runs in a real child."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -9,9 +10,18 @@ from pathlib import Path
 import pytest
 
 PREAMBLE = """
-import ctypes, json, os, socket, sys, threading, mmap, signal, resource
+import ctypes, json, os, platform, socket, sys, threading, mmap, signal, resource
 from inference.sandbox import confine
 report = confine(memory_bytes=256 * 1024 * 1024, cpu_s=1, parent=os.getppid())
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    numbers = {"tgkill": (234, 131), "sched_setaffinity": (203, 122)}
+    answer = libc.syscall(numbers[name][platform.machine() == "aarch64"], *arguments)
+    if answer < 0:
+        raise OSError(ctypes.get_errno(), name)
+def prctl(*arguments):
+    if libc.prctl(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 def outcome(attempt):
     try:
         return ["done", str(attempt())]
@@ -60,6 +70,10 @@ def needs_full() -> None:
         "os.posix_spawn('/bin/true', ['true'], {})",
         "os.execv('/bin/true', ['true'])",
         "os.kill(os.getppid(), 0)",
+        "call('tgkill', os.getppid(), os.getppid(), 0)",
+        "call('sched_setaffinity', os.getppid(), 8, (ctypes.c_ulong * 1)(1))",
+        "prctl(1, 0, 0, 0, 0)",  # live on without the parent
+        "prctl(4, 1, 0, 0, 0)",  # be open to debuggers again
         "os.pipe()",
         "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
         "bytearray(1 << 30)",
@@ -103,8 +117,32 @@ def test_require_refuses_a_partial_sandbox():
 
 def test_what_it_needs_still_works():
     assert attempt("sum(bytearray(1 << 20))") == ["done", "0"]
+    # To itself: what `abort` does, so that a crash is a crash.
+    assert attempt("call('tgkill', os.getpid(), threading.get_native_id(), 0)") == ["done", "None"]
+    assert attempt("call('sched_setaffinity', 0, 8, (ctypes.c_ulong * 1)(1))") == ["done", "None"]
+    assert attempt("prctl(15, b'name', 0, 0, 0)") == ["done", "None"]
     thread = "[t := threading.Thread(target=lambda: None), t.start(), t.join()] and 'joined'"
     assert attempt(thread) == ["done", "joined"]
+
+
+def test_a_crash_is_still_a_crash():
+    assert confined("\nos.abort()").returncode == -signal.SIGABRT
+
+
+def test_landlock_or_not_the_filter_holds():
+    """Where the kernel scopes no signals, the filter alone keeps other processes safe."""
+    body = """
+import ctypes, os, sys
+from inference import sandbox
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(38, 1, 0, 0, 0)
+sandbox._seccomp_filter().load()
+libc.syscall.restype = ctypes.c_long
+number = 234 if os.uname().machine == "x86_64" else 131
+print(libc.syscall(number, os.getppid(), os.getppid(), 0), libc.prctl(1, 0, 0, 0, 0))
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["-1", "-1"]
 
 
 def test_cpu_time_is_bounded():
