@@ -37,7 +37,7 @@ class Limits(Struct, frozen=True):
     memory_mb: int = 1024
     """Address space on top of what the runtime itself takes."""
     measure_s: float = 0.05
-    """How long latencies are measured; at least three rounds of ten runs, at most ten of a hundred."""
+    """How long latencies are measured: 3 to 10 rounds of 10 to 100 runs, and two seconds at most."""
 
 
 DEFAULT_LIMITS: Final = Limits()

@@ -412,3 +412,18 @@ def test_what_others_take_is_not_the_models_cost():
     p50, p99 = child._measure(Busy(), {}, Limits())
     assert calls >= 50
     assert p50 <= p99 < 5_000
+
+
+def test_a_slow_model_is_measured_by_few_runs(monkeypatch: pytest.MonkeyPatch):
+    """One and a half seconds a run: healthy, and the probe's own limits must not forbid it."""
+    calls, now = 0, 0.0
+
+    class Slow:
+        def run(self, _: object) -> None:
+            nonlocal calls, now
+            calls += 1
+            now += 1.5
+
+    monkeypatch.setattr(child.time, "perf_counter", lambda: now)
+    assert child._measure(Slow(), {}, Limits()) == (1.5e6, 1.5e6)
+    assert calls <= 3
