@@ -100,11 +100,22 @@ def _run(layout: Layout, options: argparse.Namespace) -> int:
 
 
 def _status(layout: Layout, options: argparse.Namespace) -> int:
-    found = status.gather(layout)
+    problems = []
+    try:
+        wiring.read_settings(layout)
+    except PitheadError as error:
+        problems.append(str(error))
+    found = status.gather(layout, problems)
     if options.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
     else:
         sys.stdout.write(status.render(found))
+    return 0
+
+
+def _recalibrate(layout: Layout, options: argparse.Namespace) -> int:
+    wiring.recalibrate(layout, options.lane)
+    sys.stdout.write(f"The lane {options.lane} is calibrated anew as soon as its agent runs.\n")
     return 0
 
 
@@ -113,12 +124,6 @@ def _doctor(layout: Layout, options: argparse.Namespace) -> int:
     for finding in wiring.doctor(layout):
         bad = bad or finding.result == "failed"
         if options.json:
-def _recalibrate(layout: Layout, options: argparse.Namespace) -> int:
-    wiring.recalibrate(layout, options.lane)
-    sys.stdout.write(f"The lane {options.lane} is calibrated anew as soon as its agent runs.\n")
-    return 0
-
-
             sys.stdout.write(msgspec.json.encode(finding).decode() + "\n")
         else:
             remedy = f"\n{'':23}-> {finding.remedy}" if finding.remedy else ""

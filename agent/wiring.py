@@ -111,6 +111,12 @@ def recalibrate(layout: Layout, lane: str) -> None:
 
 def device_tls(layout: Layout) -> ssl.SSLContext:
     """Return TLS with the device's certificate, trusting the server's CA alone. Raises ``storage.*``."""
+    missing = [p.name for p in (layout.server_ca, layout.certificate, layout.key) if not p.exists()]
+    if missing:
+        raise PitheadError(
+            "storage.corrupt",
+            f"{layout.identity} is not whole ({', '.join(missing)} missing); delete it and enrol again",
+        )
     context = DeviceContext(lambda: clock_is_right(time.time_ns() // 1000, time_floor(layout)))
     try:
         context.load_verify_locations(layout.server_ca)
@@ -235,7 +241,12 @@ def build(layout: Layout, settings: AgentSettings, identity: Identity) -> Superv
             world=world,
             outbox=outbox,
             engine=EngineKeeper(layout, post, fraction=random.random),
-            children=Children(layout, post, server=settings.server.url or identity.server),
+            children=Children(
+                layout,
+                post,
+                server=settings.server.url or identity.server,
+                require_sandbox=settings.probe.require == "full",
+            ),
             poller=poller,
             link=link,
         ),

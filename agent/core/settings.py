@@ -1,7 +1,7 @@
 """The device's configuration as types; an unknown key is an error that names it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -9,6 +9,8 @@ from msgspec import Meta, Struct
 from contract.errors import PitheadError
 from contract.messages import Name
 
+SOURCE_KINDS: Final = ("mqtt", "replay", "system")
+"""Sensor sources; each is a module in ``agent.engine.sources``."""
 SourceTable = dict[str, str | int | float | bool | list[str] | None]
 
 
@@ -34,6 +36,13 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True):
     """Records above this are given up, the least important first."""
 
 
+class Probe(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a new model is opened for the first time."""
+
+    require: Literal["detect", "full"] = "detect"
+    """``full`` refuses every new model where the kernel offers less than the whole sandbox."""
+
+
 class Lane(Struct, frozen=True, forbid_unknown_fields=True):
     """One lane: a sensor source and the model that watches it."""
 
@@ -48,12 +57,18 @@ class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     server: Server = Server()
     broker: Broker = Broker()
     storage: Storage = Storage()
+    probe: Probe = Probe()
     lanes: tuple[Lane, ...] = ()
     hardware: str | None = None
     """Kind of device; defaults to what was said at enrolment."""
 
 
-SECTIONS: Final[dict[str, type[Struct]]] = {"server": Server, "broker": Broker, "storage": Storage}
+SECTIONS: Final[dict[str, type[Struct]]] = {
+    "server": Server,
+    "broker": Broker,
+    "storage": Storage,
+    "probe": Probe,
+}
 PREFIX: Final = "PITHEAD_AGENT_"
 
 
@@ -91,8 +106,12 @@ def parse(table: object) -> AgentSettings:
         if names.count(name) > 1:
             raise PitheadError("config.invalid", f"agent.toml: two lanes are named {name!r}", key="lanes")
     for lane in settings.lanes:
-        if not isinstance(lane.source.get("kind"), str):
+        kind = lane.source.get("kind")
+        if kind not in SOURCE_KINDS:
+            said = "no source.kind" if kind is None else f"the source.kind {kind!r}"
             raise PitheadError(
-                "config.invalid", f"agent.toml: lane {lane.name!r} has no source.kind", key="source.kind"
+                "config.invalid",
+                f"agent.toml: lane {lane.name!r} has {said}; there are {', '.join(SOURCE_KINDS)}",
+                key="source.kind",
             )
     return settings

@@ -76,7 +76,7 @@ class Channel:
             self.close()
             if not kept:
                 raise self._unreachable(error) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             self.close()
             raise self._unreachable(error) from error
         except PitheadError:

@@ -52,8 +52,9 @@ class UpdateAnswer(Struct, frozen=True):
 class Children:
     """Runs at most one step per model, and one update process and one probe at a time."""
 
-    def __init__(self, layout: Layout, post: Post, *, server: str) -> None:
+    def __init__(self, layout: Layout, post: Post, *, server: str, require_sandbox: bool = False) -> None:
         self.layout = layout
+        self.require_sandbox = require_sandbox
         self.server = server
         self._post = post
         self._running: dict[Name, tuple[Fetch | Probe, threading.Event]] = {}
@@ -180,7 +181,14 @@ class Children:
     ) -> None:
         result: probing.Choice | PitheadError
         try:
-            reports = probing.probe(manifest, files, variants=[step.variant], limits=LIMITS, first_only=True)
+            reports = probing.probe(
+                manifest,
+                files,
+                variants=[step.variant],
+                limits=LIMITS,
+                require_sandbox=self.require_sandbox,
+                first_only=True,
+            )
             result = probing.choose(reports, manifest)
         except PitheadError as error:
             result = error

@@ -24,6 +24,7 @@ from inference import registry
 SANE: Final = datetime(2025, 1, 1, tzinfo=UTC)
 """No honest clock stands before this."""
 DISK_BYTES: Final = 200 * 1024 * 1024
+NO_DISK_BYTES: Final = 10 * 1024 * 1024
 EXPIRY: Final = timedelta(days=5)
 CONNECT_S: Final = 5.0
 TRY_SANDBOX: Final = (
@@ -53,7 +54,8 @@ class Surroundings(Struct, frozen=True):
 def examine(around: Surroundings) -> Iterator[Finding]:
     """Yield one finding after the other; none of the checks changes anything."""
     yield _runtimes()
-    yield _sandbox()
+    yield _sandbox(around.settings)
+    yield from _lanes(around.settings)
     yield _clock(around.now)
     yield _disk(around.layout)
     yield _supervisor(around.layout)
@@ -79,7 +81,20 @@ def _runtimes() -> Finding:
     return Finding("runtimes", "ok", f"{listed}; accelerators {', '.join(registry.accelerators())}")
 
 
-def _sandbox() -> Finding:
+def _lanes(settings: AgentSettings) -> Iterator[Finding]:
+    """Check the sources' settings as far as it can be done without opening them."""
+    from agent.engine import sources  # noqa: PLC0415 - numpy stays out of the supervisor
+
+    for lane in settings.lanes:
+        try:
+            sources.check(lane.source)
+        except PitheadError as error:
+            yield Finding("lane", "failed", f"{lane.name}: {error.detail}", error.remedy)
+        else:
+            yield Finding("lane", "ok", f"{lane.name}: {lane.source['kind']} for {lane.model}")
+
+
+def _sandbox(settings: AgentSettings) -> Finding:
     """Try it in a process that may then be thrown away."""
     command = [sys.executable, "-I", "-c", TRY_SANDBOX]
     try:
@@ -88,10 +103,14 @@ def _sandbox() -> Finding:
         return Finding("sandbox", "failed", f"it cannot be tried: {error}", "see docs/security.md")
     level = tried.stdout.strip()
     if level != "full":
+        required = settings.probe.require == "full"
+        means = (
+            "every new model is refused" if required else "new models are opened with fewer walls around them"
+        )
         return Finding(
             "sandbox",
-            "warning",
-            f"level {level}: new models are opened with fewer walls around them",
+            "failed" if required else "warning",
+            f"level {level}: {means}",
             "use a kernel with Landlock, and install libseccomp",
         )
     return Finding("sandbox", "ok", "level full")
@@ -111,6 +130,8 @@ def _disk(layout: Layout) -> Finding:
     detail = f"{free // (1024 * 1024)} MB free at {path}"
     if not os.access(path, os.W_OK):
         return Finding("disk", "failed", f"{path} cannot be written", "run as the user that owns it")
+    if free < NO_DISK_BYTES:
+        return Finding("disk", "failed", detail, "free some space: hardly anything can be written")
     if free < DISK_BYTES:
         return Finding("disk", "warning", detail, "free some space: updates need room")
     return Finding("disk", "ok", detail)
@@ -164,7 +185,7 @@ def _broker(around: Surroundings, identity: Identity) -> Finding:
             tls.wrap_socket(plain, server_hostname=host) as secure,
         ):
             return Finding("broker", "ok", f"{host}:{port}, {secure.version()}")
-    except (OSError, PitheadError) as error:
+    except (OSError, UnicodeError, PitheadError) as error:
         return Finding(
             "broker", "failed", f"{host}:{port}: {error}", "check the address, the network, the broker"
         )

@@ -51,6 +51,10 @@ class Intake:
         """What was at work when the connection ended; counts if the engine turns out to be dead."""
         self._products: list[Product] = []
         self._store_at = 0.0
+        self._stored = 0
+        """Number of the last product of this engine that is in the outbox."""
+        self._lost_before = 0
+        """Products of engines before it that could not be stored."""
         self.starts = 0
         """Engine processes that began under this supervisor."""
 
@@ -121,16 +125,23 @@ class Intake:
         if not self._products or self._now() < self._store_at:
             return
         last = self._products[-1].n
-        known = self._outbox.marked(self._source)
-        entries = [_entry(p) for p in self._products if p.n > known]
+        known = max(self._stored, self._outbox.marked(self._source))
+        fresh = [p for p in self._products if p.n > known]
+        # Numbers have no holes but where the engine, or the loss of its connection, gave products up.
+        lost = self._lost_before + (last - known - len(fresh) if fresh else 0)
         try:
-            if entries:
-                self._outbox.append(entries, (self._source, last))
+            if fresh:
+                self._outbox.append(
+                    [_entry(p) for p in fresh],
+                    (self._source, last),
+                    {PriorityClass.ANOMALY: lost} if lost else {},
+                )
         except PitheadError:
             self._store_at = self._now() + STORE_AGAIN_S
             self._engine.pause(on=len(self._products) > MOST_UNSTORED)
             raise
         self._products.clear()
+        self._stored, self._lost_before = last, 0
         self._engine.pause(on=False)
         self._engine.send(Stored(last))
 
@@ -152,14 +163,27 @@ class Intake:
         if before is not None and (before.pid, before.started_mono_us) != (hello.pid, hello.started_mono_us):
             self.started()
         self._lost = None
+        source = f"{self._world.machine.boot_id}/{hello.pid}/{hello.started_mono_us}"
+        if source != self._source:
+            self._last_of_the_old()
+            self._stored = 0
         self._store_at = 0.0
-        self.store()
         self._products.clear()  # what was not stored is repeated
         self._hello, self._connection, self._configured = hello, connection, None
-        self._source = f"{self._world.machine.boot_id}/{hello.pid}/{hello.started_mono_us}"
+        self._source = source
         self._world.forget_lanes()
         self._outbox.forget_marks(self._source)
         log.info("engine.connected", extra={"facts": {"pid": hello.pid, "runtimes": hello.runtimes}})
+
+    def _last_of_the_old(self) -> None:
+        """Store what a dead engine had said; a full disk shall not keep the new one from its work."""
+        self._store_at = 0.0
+        try:
+            self.store()
+        except PitheadError as error:
+            self._lost_before += len(self._products)
+            facts = {"products": len(self._products), "code": error.code}
+            log.error("products.lost", extra={"facts": facts})  # noqa: TRY400 - the code says it all
 
     def _count_start(self, wanted: Configure) -> None:
         """Count a new engine, durably, before it is given versions on trial that may end it."""

@@ -132,7 +132,7 @@ class Supervisor:
         self._try("health", self._send_health)
         self._try("collect", self._collect_garbage)
         self._try("uplink", self._uplink.pump)
-        self._snapshot()
+        self._try("snapshot", self._snapshot)
 
     def _drain(self, timeout_s: float) -> list[Event]:
         found: list[Event] = []
@@ -144,7 +144,11 @@ class Supervisor:
         return found
 
     def _try(self, where: str, act: Callable[..., object], *arguments: object) -> bool:
-        """Act; an error is logged when it is new. What failed is tried again at the next turn."""
+        """Act; an error is logged when it is new. What failed is tried again at the next turn.
+
+        Whatever it is, the rest of the turn goes on: one broken part must
+        keep neither a rollback nor a report from happening.
+        """
         try:
             act(*arguments)
         except PitheadError as error:
@@ -152,6 +156,12 @@ class Supervisor:
                 self._complaints[where] = error.code
                 facts = {"in": where, "code": error.code, "detail": error.detail}
                 log.error("supervisor.hindered", extra={"facts": facts})  # noqa: TRY400 - the code says it all
+            return False
+        except Exception as error:
+            kind = type(error).__name__
+            if self._complaints.get(where) != kind:
+                self._complaints[where] = kind
+                log.exception("supervisor.failed", extra={"facts": {"in": where}})
             return False
         if self._complaints.pop(where, None) is not None:
             log.info("supervisor.recovered", extra={"facts": {"in": where}})
@@ -330,6 +340,7 @@ class Supervisor:
                 broker="connected" if self._connected_at is not None else self._link_error or "connecting",
                 server="ok" if failed is None else f"{failed.code}: {failed.detail}",
                 outbox=self._parts.outbox.health(),
+                desired=self._world.desired,
             ),
         )
 

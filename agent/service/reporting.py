@@ -57,9 +57,12 @@ class Reporter:
         self._outbox = outbox
         self._clock = clock
         self._told: dict[str, Standing] = world.state.scan(TOLD, Standing)
-        self._reported: Reported | None = None
+        self._reported: tuple[str, Reported] | None = None
+        """Outbox and document; one that was lost with its outbox is said again."""
         self._started = clock.seconds()
         self.update_error: PitheadError | None = None
+        self._owed: list[Entry] = []
+        """Receipts of steps that were executed and whose append failed."""
         self._cpu = vitals.CpuMeter()
 
     def entry(self, priority: PriorityClass, body: Body) -> Entry:
@@ -67,8 +70,8 @@ class Reporter:
         return Entry(priority, self._clock.wall(), self._clock.mono(), body)
 
     def receipt(self, wanted: ModelAssignment, found: Standing, facts: Facts | None = None) -> None:
-        """Say how far the device is with an assignment, whatever it has said before."""
-        self._outbox.append([self.entry(PriorityClass.RECEIPT, _receipt(wanted, found, facts or {}))])
+        """Say how far the device is with an assignment, whatever it has said before. Raises ``storage.*``."""
+        self._owe(_receipt(wanted, found, facts or {}))
 
     def superseded(self, model_name: Name, trial: slots.Serving, step: plan.Rollback, after: Slots) -> None:
         """Say that a trial was ended because another version is wanted."""
@@ -83,14 +86,25 @@ class Reporter:
             detail=step.detail,
             aftermath=slots.aftermath(after),
         )
-        self._outbox.append([self.entry(PriorityClass.RECEIPT, receipt)])
+        self._owe(receipt)
+
+    def _owe(self, receipt: Receipt) -> None:
+        self._owed.append(self.entry(PriorityClass.RECEIPT, receipt))
+        self._pay()
+
+    def _pay(self) -> None:
+        """Append what is owed; what cannot be appended is owed on. Raises ``storage.*``."""
+        if self._owed:
+            self._outbox.append(self._owed)
+            self._owed = []
 
     def receipts(
         self,
         observed: Mapping[Name, plan.Observed],
         running: Callable[[Name], plan.Fetch | plan.Probe | None],
     ) -> None:
-        """Say what has changed in how far the device is with each assignment."""
+        """Say what has changed in how far the device is with each assignment. Raises ``storage.*``."""
+        self._pay()
         desired = self._world.desired
         if desired is None:
             return
@@ -126,10 +140,10 @@ class Reporter:
 
     def reported(self, observed: Mapping[Name, plan.Observed]) -> None:
         """Send the device's side of the twin if it has changed."""
-        now = self.document(observed)
-        if now != self._reported:
+        now, epoch = self.document(observed), self._outbox.epoch
+        if (epoch, now) != self._reported:
             self._outbox.append([self.entry(PriorityClass.RECEIPT, now)])
-            self._reported = now
+            self._reported = (epoch, now)
 
     def document(self, observed: Mapping[Name, plan.Observed]) -> Reported:
         """Return the device's side of the twin."""

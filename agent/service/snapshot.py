@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from agent.ports import LaneState
-from contract.messages import Micros, OutboxHealth, Reported
+from contract.messages import Desired, Micros, OutboxHealth, Reported
 
 
 class Snapshot(Struct, frozen=True):
@@ -20,6 +20,7 @@ class Snapshot(Struct, frozen=True):
     broker: str
     server: str
     outbox: OutboxHealth
+    desired: Desired | None = None
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:

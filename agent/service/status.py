@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -75,17 +76,33 @@ class Status(Struct, frozen=True, omit_defaults=True):
     broker_state: str | None = None
     update_code: ErrorCode | None = None
     update_detail: str = ""
+    problems: tuple[str, ...] = ()
+    """What could not be read, so that nothing is taken for absent that is only hidden."""
 
 
-def gather(layout: Layout) -> Status:
-    """Read everything. Raises ``storage.*`` when the identity is damaged."""
+def gather(layout: Layout, problems: Sequence[str] = ()) -> Status:
+    """Read everything. Raises ``storage.*`` when the identity is damaged.
+
+    ``problems`` are those that the caller knows. The databases belong to a
+    supervisor while it runs, so then its snapshot says what is in them.
+    """
+    found_problems = list(problems)
     identity = record.load(layout.identity_file)
     running = is_locked(layout.supervisor_lock)
     live = read_snapshot(layout.status) if running else None
-    desired = _desired(layout.state)
+    if running and live is None:
+        found_problems.append(f"{layout.status}: the supervisor has not written it yet")
+    desired = live.desired if live is not None else None
+    records, size, lost = None, None, {}
+    if live is not None:
+        records, size, lost = live.outbox.records, live.outbox.bytes, dict(live.outbox.lost)
+    elif not running:
+        desired = _desired(layout.state, found_problems)
+        records, size, lost = _outbox(layout.outbox, found_problems)
     found = slot_store.read_all(layout.slots)
+    unread = {p.name for p in slot_store.files(layout.slots)} - {f"{n}{slot_store.SUFFIX}" for n in found}
+    found_problems += [f"{layout.slots / name}: cannot be read" for name in sorted(unread)]
     wanted = goals(desired) if desired is not None else {}
-    records, size, lost = _outbox(layout.outbox)
     return Status(
         device=None if identity is None else identity.device,
         name="" if identity is None else identity.name,
@@ -106,6 +123,7 @@ def gather(layout: Layout) -> Status:
         broker_state=None if live is None else live.broker,
         update_code=None if live is None else live.reported.update_code,
         update_detail="" if live is None else live.reported.update_detail,
+        problems=tuple(found_problems),
     )
 
 
@@ -114,7 +132,8 @@ def render(status: Status) -> str:
     if status.device is None:
         return "This device is not enrolled: pithead-agent enroll --server URL --token TOKEN\n"
     name = f" ({status.name})" if status.name else ""
-    lines = [
+    lines = [f"problem     {problem}" for problem in status.problems]
+    lines += [
         f"device      {status.device}{name}, hardware {status.hardware}",
         f"supervisor  {'running' if status.supervisor_running else 'not running'}"
         + (f", engine {status.engine_pid}" if status.engine_pid else ""),
@@ -211,29 +230,31 @@ def _installed(installed: Installed | None) -> Place | None:
     return None if installed is None else Place(installed.version, installed.variant, installed.accelerator)
 
 
-def _desired(path: Path) -> Desired | None:
-    rows = _query(path, "SELECT value FROM fact WHERE key = ?", (DESIRED,))
+def _desired(path: Path, problems: list[str]) -> Desired | None:
+    rows = _query(path, problems, "SELECT value FROM fact WHERE key = ?", (DESIRED,))
     try:
         return msgspec.json.decode(rows[0][0], type=Desired) if rows else None
-    except msgspec.MsgspecError:
+    except msgspec.MsgspecError as error:
+        problems.append(f"{path}: {error}")
         return None
 
 
-def _outbox(path: Path) -> tuple[int | None, int | None, dict[str, int]]:
-    rows = _query(path, "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM record")
-    lost = _query(path, "SELECT class, lost FROM counter WHERE lost > 0")
+def _outbox(path: Path, problems: list[str]) -> tuple[int | None, int | None, dict[str, int]]:
+    rows = _query(path, problems, "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM record")
     if not rows:
         return None, None, {}
+    lost = _query(path, problems, "SELECT class, lost FROM counter WHERE lost > 0")
     return rows[0][0], rows[0][1], dict(lost)
 
 
-def _query(path: Path, sql: str, arguments: tuple[object, ...] = ()) -> list[Any]:
-    """Return the rows, or none where the database is not there or cannot be read."""
+def _query(path: Path, problems: list[str], sql: str, arguments: tuple[object, ...] = ()) -> list[Any]:
+    """Return the rows; none where the database is not there, or cannot be read, which is a problem."""
     if not path.exists():
         return []
     try:
         connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=2.0)
         with contextlib.closing(connection):
             return connection.execute(sql, arguments).fetchall()
-    except sqlite3.Error:
+    except sqlite3.Error as error:
+        problems.append(f"{path}: {error}")
         return []

@@ -39,12 +39,15 @@ class Uplink:
         self._outbox = outbox
         self._link = link
         self._now = now
-        self._lanes: dict[PriorityClass, _Lane] = {priority: _Lane() for priority in ORDER}
+        self._epoch = ""
+        self._lanes: dict[PriorityClass, _Lane] = {}
 
     def pump(self) -> None:
         """Send what may be sent now, the most important class first."""
         if not self._link.online:
             return
+        if self._epoch != self._outbox.epoch:
+            self._epoch, self._lanes = self._outbox.epoch, {priority: _Lane() for priority in ORDER}
         for priority, lane in self._lanes.items():
             waiting, oldest = self._outbox.waiting(priority, lane.sent)
             waiting = self._late(priority, lane, waiting, oldest)

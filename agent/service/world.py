@@ -81,6 +81,8 @@ class World:
         """Confirmed versions of which a lane has failed, and since when."""
         self._watches: dict[Name, tuple[Serving, health.Watch]] = {}
         self._manifests: dict[Sha256, Manifest] = {}
+        self._unusable: dict[Sha256, plan.Failure] = {}
+        """Manifests that are here and mean nothing."""
         self._fits: dict[str, FitResult] = state.scan(FIT, FitResult)
 
     @property
@@ -108,6 +110,9 @@ class World:
         """Return the manifest of an assignment if it is here; a wrong one becomes a failure."""
         digest = wanted.manifest_sha256
         known = self._manifests.get(digest)
+        if digest in self._unusable:
+            self.failures.setdefault(digest, self._unusable[digest])
+            return None
         if known is not None or not self.objects.has(digest, wanted.manifest_length):
             return known
         try:
@@ -118,7 +123,8 @@ class World:
                 )
         except PitheadError as error:
             if error.code in {"message.malformed", "message.too_large", "package.manifest_invalid"}:
-                self.failures[digest] = plan.Failure("fetch", "package.manifest_invalid", error.detail)
+                failure = plan.Failure("fetch", "package.manifest_invalid", error.detail[:2000])
+                self._unusable[digest] = self.failures[digest] = failure
             log.warning("manifest.unreadable", extra={"facts": {"digest": digest, "detail": error.detail}})
             return None
         self._manifests[digest] = manifest
@@ -221,6 +227,7 @@ class World:
         digests = {i.digest for s in self.slots.all().values() for i in s.installed()}
         digests |= {a.manifest_sha256 for a in (self.desired.models if self.desired is not None else ())}
         self._manifests = {d: m for d, m in self._manifests.items() if d in digests}
+        self._unusable = {d: f for d, f in self._unusable.items() if d in digests}
         gone = [key for key in self._fits if key.split("/")[1] not in digests]
         if gone:
             self.state.put({FIT + key: None for key in gone})
@@ -300,6 +307,7 @@ class World:
         path = source.get("path")
         if isinstance(path, str):
             source["path"] = str(self.layout.config.parent / Path(path))
+        binding = _binding(source, self._asked(lane.name))
         return LaneSpec(
             lane=lane.name,
             model_name=lane.model,
@@ -307,7 +315,6 @@ class World:
             digest=installed.digest,
             manifest=str(self.objects.path(installed.digest)),
             files={path: str(self.objects.path(sha256)) for path, sha256 in installed.files.items()},
-        binding = _binding(source, self._asked(lane.name))
             variant=installed.variant,
             accelerator=installed.accelerator,
             source=source,

@@ -76,6 +76,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def set_reserve(path: Path, size: int) -> None:
+    """Keep room that is given back when the disk is full, as far as there is room now."""
+    try:
+        with path.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except FileExistsError:
+        return
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def sweep(directory: Path) -> None:
     """Delete what interrupted writes left in a directory."""
     if not directory.is_dir():

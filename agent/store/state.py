@@ -22,12 +22,12 @@ class StateStore:
 
     def get(self, key: str, kind: type[T]) -> T | None:
         """Return the value as a ``kind``; None when there is none or an older agent wrote another shape."""
-        row = self._db.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _decode(row[0], kind)
+        rows = self._rows("SELECT key, value FROM fact WHERE key = ?", (key,))
+        return _decode(rows[0][1], kind) if rows else None
 
     def scan(self, prefix: str, kind: type[T]) -> dict[str, T]:
         """Return all values whose key begins with ``prefix``, by the rest of their key."""
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT key, value FROM fact WHERE key >= ? AND key < ?", (prefix, prefix + "\U0010ffff")
         )
         values = {key[len(prefix) :]: _decode(value, kind) for key, value in rows}
@@ -45,6 +45,12 @@ class StateStore:
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            raise database.translate(error, self.path) from error
+
+    def _rows(self, sql: str, arguments: tuple[str, ...]) -> list[tuple[str, bytes]]:
+        try:
+            return self._db.execute(sql, arguments).fetchall()
+        except sqlite3.Error as error:
             raise database.translate(error, self.path) from error
 
     def close(self) -> None:

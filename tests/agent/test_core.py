@@ -266,6 +266,8 @@ def test_settings_have_defaults_and_take_lanes():
         ({"server": {"url": "http://x"}}, "$.server.url"),
         ({"lanes": [lane(), lane()]}, "two lanes are named 'a'"),
         ({"lanes": [lane(source={})]}, "source.kind"),
+        ({"lanes": [lane(source={"kind": "reply"})]}, "mqtt, replay, system"),
+        ({"probe": {"require": "partial"}}, "$.probe.require"),
     ],
 )
 def test_a_wrong_setting_is_named(table: dict[str, object], named: str):

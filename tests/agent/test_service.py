@@ -1,5 +1,6 @@
 """Parts of the supervisor, each with the real ones that it touches."""
 
+import contextlib
 import os
 import queue
 import signal
@@ -13,8 +14,8 @@ import msgspec
 import psutil
 import pytest
 
-from agent.core import health, plan, slots
 from agent import wiring
+from agent.core import health, plan, slots
 from agent.core.blame import SOON_S
 from agent.core.layout import Layout
 from agent.core.plan import Fetch, Probe
@@ -97,9 +98,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     found.close()
 
 
-# --- the engine's products
-
-
 def product(n: int) -> Product:
     return Product(n, 1, 1, Anomaly("pump", "1.0.0", n, 2.0, 1.0))
 
@@ -113,44 +111,6 @@ CLOCK = Clock(wall=lambda: 5, mono=lambda: 6)
 
 def intake(bench: Bench) -> Intake:
     return Intake(bench.world, bench.outbox, bench.engine, lambda: bench.now)
-
-
-def test_products_that_the_engine_repeats_are_stored_once(bench: Bench):
-    first = intake(bench)
-    first.said(events.EngineSaid(1, hello()))
-    for n in range(1, 6):
-        first.said(events.EngineSaid(1, product(n)))
-    first.store()
-    again = intake(bench)  # the supervisor has died before it could say `Stored`
-    again.said(events.EngineSaid(1, hello()))
-    for n in range(3, 9):
-        again.said(events.EngineSaid(1, product(n)))
-    again.store()
-    bodies = [e.body for e in bench.records(PriorityClass.ANOMALY)]
-    assert [b.t for b in bodies if isinstance(b, Anomaly)] == list(range(1, 9))
-    other = intake(bench)  # a new engine counts from 1 again
-    other.said(events.EngineSaid(1, hello(pid=8)))
-    other.said(events.EngineSaid(1, product(1)))
-    other.store()
-    assert len(bench.records(PriorityClass.ANOMALY)) == 9
-
-
-def test_while_the_disk_takes_nothing_products_wait_and_the_engine_is_held(bench: Bench):
-    taking = intake(bench)
-    taking.said(events.EngineSaid(1, hello()))
-    for n in range(1, MOST_UNSTORED + 3):
-        taking.said(events.EngineSaid(1, product(n)))
-    bench.outbox._db.execute("PRAGMA query_only=ON")
-    with pytest.raises(PitheadError) as caught:
-        taking.store()
-    assert caught.value.code == "storage.failed"
-    assert bench.engine._paused.is_set()
-    taking.store()  # not yet again
-    bench.outbox._db.execute("PRAGMA query_only=OFF")
-    bench.now += 2
-    taking.store()
-    assert not bench.engine._paused.is_set()
-    assert len(bench.records(PriorityClass.ANOMALY)) == MOST_UNSTORED + 2
 
 
 # --- trials
@@ -390,6 +350,78 @@ def test_a_lane_counts_for_its_own_session_only(
     assert (lane.serves, lane.state, lane.code) == (serves, seen, code)
 
 
+# --- the engine's products
+
+
+def test_products_that_the_engine_repeats_are_stored_once(bench: Bench):
+    first = intake(bench)
+    first.said(events.EngineSaid(1, hello()))
+    for n in range(1, 6):
+        first.said(events.EngineSaid(1, product(n)))
+    first.store()
+    again = intake(bench)  # the supervisor has died before it could say `Stored`
+    again.said(events.EngineSaid(1, hello()))
+    for n in range(3, 9):
+        again.said(events.EngineSaid(1, product(n)))
+    again.store()
+    bodies = [e.body for e in bench.records(PriorityClass.ANOMALY)]
+    assert [b.t for b in bodies if isinstance(b, Anomaly)] == list(range(1, 9))
+    other = intake(bench)  # a new engine counts from 1 again
+    other.said(events.EngineSaid(1, hello(pid=8)))
+    other.said(events.EngineSaid(1, product(1)))
+    other.store()
+    assert len(bench.records(PriorityClass.ANOMALY)) == 9
+
+
+def test_products_that_the_engine_gave_up_are_counted(bench: Bench):
+    taking = intake(bench)
+    taking.said(events.EngineSaid(1, hello()))
+    for n in (1, 2, 5, 6, 9):
+        taking.said(events.EngineSaid(1, product(n)))
+    taking.store()
+    assert bench.outbox.health().lost == {"anomaly": 4}
+    again = intake(bench)
+    again.said(events.EngineSaid(1, hello()))
+    for n in (9, 10, 12):
+        again.said(events.EngineSaid(1, product(n)))
+    again.store()
+    assert bench.outbox.health().lost == {"anomaly": 5}
+
+
+def test_a_full_disk_does_not_keep_a_new_engine_from_its_work(bench: Bench, engines: Engines, assign: Assign):
+    on_trial(bench, assign)
+    engines.start()
+    engines.intake.said(events.EngineSaid(1, product(1)))
+    bench.outbox._db.execute("PRAGMA query_only=ON")
+    engines.die()
+    with contextlib.suppress(PitheadError):
+        engines.start()
+    bench.outbox._db.execute("PRAGMA query_only=OFF")
+    engines.intake.configure()
+    assert not engines.intake.ended
+    engines.intake.said(events.EngineSaid(2, product(1)))
+    engines.intake.store()
+    assert bench.outbox.health().lost == {"anomaly": 1}
+
+
+def test_while_the_disk_takes_nothing_products_wait_and_the_engine_is_held(bench: Bench):
+    taking = intake(bench)
+    taking.said(events.EngineSaid(1, hello()))
+    for n in range(1, MOST_UNSTORED + 3):
+        taking.said(events.EngineSaid(1, product(n)))
+    bench.outbox._db.execute("PRAGMA query_only=ON")
+    with pytest.raises(PitheadError) as caught:
+        taking.store()
+    assert caught.value.code == "storage.failed"
+    assert bench.engine._paused.is_set()
+    taking.store()  # not yet again
+    bench.outbox._db.execute("PRAGMA query_only=OFF")
+    bench.now += 2
+    taking.store()
+    assert not bench.engine._paused.is_set()
+    assert len(bench.records(PriorityClass.ANOMALY)) == MOST_UNSTORED + 2
+
+
 # --- what the engine is told
 
 
@@ -411,6 +443,28 @@ def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(bench: Bench, ass
     assert not path.exists()
     assert world.lane_specs() == ()
     assert installed.digest in world.observe(0.0)["pump"].broken
+
+
+def test_a_fit_holds_for_its_source_and_until_another_calibration_is_asked_for(bench: Bench, assign: Assign):
+    found = on_trial(bench, assign)
+    assert found.trial is not None
+    (spec,) = bench.world.lane_specs()
+    fit = FitResult((0.0,), (1.0,), 2.0, 10, 5, spec.binding)
+    bench.world.fitted("line", found.trial.installed.digest, fit)
+    assert bench.world.lane_specs()[0].fit == fit
+    bench.layout.config.parent.mkdir(parents=True)
+    bench.layout.config.write_text(
+        '[[lanes]]\nname = "line"\nmodel = "pump"\nsource = {kind = "replay", path = "rows.csv"}\n'
+    )
+    wiring.recalibrate(bench.layout, "line")  # by another process, while this one runs
+    (again,) = bench.world.lane_specs()
+    assert again.fit is None
+    assert again.binding != spec.binding
+    # The engine may still repeat the fit that it had: it is kept for what it was made for.
+    bench.world.fitted("line", found.trial.installed.digest, fit)
+    assert bench.world.lane_specs()[0].fit is None
+    with pytest.raises(PitheadError, match=r"config\.invalid.*no lane is named 'other'; there are line"):
+        wiring.recalibrate(bench.layout, "other")
 
 
 def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(bench: Bench, assign: Assign):
@@ -445,28 +499,6 @@ def test_receipts_are_made_up_for_after_a_power_cut_and_not_repeated(
         reporter.reported(observed)
         bodies = [e.body for e in bench.records(PriorityClass.RECEIPT)]
         return [b.state.value if isinstance(b, Receipt) else type(b).__name__ for b in bodies]
-
-def test_a_fit_holds_for_its_source_and_until_another_calibration_is_asked_for(bench: Bench, assign: Assign):
-    found = on_trial(bench, assign)
-    assert found.trial is not None
-    (spec,) = bench.world.lane_specs()
-    fit = FitResult((0.0,), (1.0,), 2.0, 10, 5, spec.binding)
-    bench.world.fitted("line", found.trial.installed.digest, fit)
-    assert bench.world.lane_specs()[0].fit == fit
-    bench.layout.config.parent.mkdir(parents=True)
-    bench.layout.config.write_text(
-        '[[lanes]]\nname = "line"\nmodel = "pump"\nsource = {kind = "replay", path = "rows.csv"}\n'
-    )
-    wiring.recalibrate(bench.layout, "line")  # by another process, while this one runs
-    (again,) = bench.world.lane_specs()
-    assert again.fit is None
-    assert again.binding != spec.binding
-    # The engine may still repeat the fit that it had: it is kept for what it was made for.
-    bench.world.fitted("line", found.trial.installed.digest, fit)
-    assert bench.world.lane_specs()[0].fit is None
-    with pytest.raises(PitheadError, match=r"config\.invalid.*no lane is named 'other'; there are line"):
-        wiring.recalibrate(bench.layout, "other")
-
 
     assert report(reporter) == ["acknowledged", "Reported"]
     assert report(reporter) == ["acknowledged", "Reported"]

@@ -152,6 +152,8 @@ def test_slots_survive_and_a_broken_file_does_not_stop_the_others(tmp_path: Path
     (tmp_path / "fan.json").write_bytes(b"{")
     again = SlotStore(tmp_path)
     assert again.all() == {"pump": pump}
+    again.save(Slots("fan", standby=installed))
+    assert (tmp_path / "fan.json.damaged").read_bytes() == b"{"
     again.remove("pump")
     assert SlotStore(tmp_path).get("pump") == Slots("pump")
 
@@ -176,6 +178,21 @@ def test_a_damaged_database_is_put_aside_and_a_new_one_begun(tmp_path: Path):
     assert store.get("a", int) == 1
     store.close()
     assert len(list(tmp_path.glob("state.db.damaged-*"))) == 1
+
+
+def test_of_damaged_databases_the_newest_is_kept(tmp_path: Path):
+    for _ in range(3):
+        (tmp_path / "state.db").write_bytes(b"this is no database, not at all" * 100)
+        StateStore(tmp_path / "state.db").close()
+    assert len(list(tmp_path.glob("state.db.damaged-*"))) == 1
+
+
+def test_a_database_that_another_process_owns_is_not_gone_around(tmp_path: Path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(PitheadError, match="locked"):
+            StateStore(tmp_path / "state.db")
 
 
 # --- outbox
@@ -258,6 +275,66 @@ def test_a_record_that_could_never_be_sent_is_counted_as_lost(open_outbox: Calla
     outbox.append([Entry(PriorityClass.ANOMALY, 1, 1, huge), *entries(PriorityClass.ANOMALY)])
     assert outbox.health().lost == {"anomaly": 1}
     assert len(sequence(outbox, PriorityClass.ANOMALY)) == 1
+    outbox.close()
+
+
+def damage(outbox: Outbox) -> None:
+    """Overwrite all of an open outbox's file but its first page, as a dying disk may."""
+    outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    outbox._db.execute("PRAGMA shrink_memory")
+    with outbox.path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(4096)
+        file.write(os.urandom(size - 4096))
+
+
+ACTS: list[Callable[[Outbox], object]] = [
+    lambda o: o.unsent(PriorityClass.ANOMALY, 0, records=10, size=10**6),
+    lambda o: o.waiting(PriorityClass.ANOMALY, 10**6),
+    lambda o: o.marked("engine"),
+    lambda o: o.health(),
+    lambda o: o.append(entries(PriorityClass.HEALTH)),
+    lambda o: o.acknowledge(AckRange(o.epoch, PriorityClass.ANOMALY, 5000)),
+    lambda o: o.forget_marks("engine"),
+]
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_an_outbox_that_is_damaged_while_it_is_used_begins_anew_and_says_what_it_lost(
+    open_outbox: Callable[..., Outbox], act: Callable[[Outbox], object]
+):
+    outbox = open_outbox()
+    for n in range(40):
+        outbox.append(entries(PriorityClass.ANOMALY, 50), (f"engine-{n}" * 9, n))
+    epoch = outbox.epoch
+    damage(outbox)
+    act(outbox)
+    outbox.append(entries(PriorityClass.ANOMALY))
+    for sound in ACTS[:4]:
+        sound(outbox)
+    assert outbox.epoch != epoch
+    assert sequence(outbox, PriorityClass.ANOMALY) == [1]
+    assert outbox.health().lost == {"anomaly": 2000}
+    outbox.close()
+
+
+def test_an_outbox_that_was_damaged_while_it_was_closed_counts_as_lost(
+    open_outbox: Callable[..., Outbox], tmp_path: Path
+):
+    outbox = open_outbox()
+    outbox.append(entries(PriorityClass.ANOMALY, 500))
+    outbox.close()
+    with (tmp_path / "outbox.db").open("r+b") as file:
+        file.write(os.urandom(4096))
+    outbox = open_outbox()
+    assert sum(outbox.health().lost.values()) >= 1
+    outbox.close()
+
+
+def test_what_never_came_is_counted_with_what_did(open_outbox: Callable[..., Outbox]):
+    outbox = open_outbox()
+    outbox.append(entries(PriorityClass.ANOMALY), ("engine", 9), {PriorityClass.ANOMALY: 8})
+    assert outbox.health().lost == {"anomaly": 8}
     outbox.close()
 
 
@@ -347,3 +424,66 @@ def test_on_a_full_disk_appending_fails_clearly_and_nothing_is_lost(small_disk: 
         assert sequence(outbox, PriorityClass.ANOMALY) == list(range(stored + 1, stored + 101))
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "junk").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_on_a_full_disk_what_matters_more_takes_the_room_of_what_matters_less(small_disk: Path):
+    with contextlib.closing(
+        Outbox(small_disk / "outbox.db", device="dev-test0001", boot_id="b", limit=10**8)
+    ) as outbox:
+        outbox.append(entries(PriorityClass.HEALTH, 800))
+        fill(small_disk)
+        with contextlib.suppress(PitheadError):
+            for _ in range(100):
+                outbox.append(entries(PriorityClass.HEALTH, 10))
+        held = outbox.health().records
+        with pytest.raises(PitheadError, match=r"storage\.full"):
+            outbox.append(entries(PriorityClass.HEALTH, 100))
+        for n in range(1, 20):
+            outbox.append(entries(PriorityClass.RECEIPT))
+            assert sequence(outbox, PriorityClass.RECEIPT) == list(range(1, n + 1))
+        lost = outbox.health().lost["health"]
+        assert 0 < lost < held
+        assert sequence(outbox, PriorityClass.HEALTH)[0] == lost + 1
+
+
+def test_a_full_disk_keeps_neither_a_rollback_nor_the_next_start_from_happening(small_disk: Path):
+    def started() -> tuple[StateStore, Outbox, SlotStore]:
+        outbox = Outbox(small_disk / "outbox.db", device="dev-test0001", boot_id="b", limit=10**8)
+        return StateStore(small_disk / "state.db"), outbox, SlotStore(small_disk / "slots")
+
+    state, outbox, store = started()
+    state.put({"etag": "e1"})
+    outbox.append(entries(PriorityClass.ANOMALY, 10))
+    pump = Slots("pump", trial_starts=1)
+    store.save(pump)
+    outbox.close()
+    state.close()
+    fill(small_disk)
+    state, outbox, store = started()
+    assert state.get("etag", str) == "e1"
+    assert len(sequence(outbox, PriorityClass.ANOMALY)) == 10
+    assert store.get("pump") == pump
+    store.save(Slots("pump", trial_starts=2))
+    assert SlotStore(small_disk / "slots").get("pump").trial_starts == 2
+    outbox.close()
+    state.close()
+
+
+def test_without_a_disk_that_can_be_written_the_databases_live_in_memory(small_disk: Path):
+    store = SlotStore(small_disk / "slots")
+    store.save(Slots("pump", trial_starts=1))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    state = StateStore(small_disk / "state.db")
+    outbox = Outbox(small_disk / "outbox.db", device="dev-test0001", boot_id="b", limit=10**8)
+    state.put({"etag": "e1"})
+    outbox.append(entries(PriorityClass.ANOMALY))
+    assert (state.get("etag", str), len(sequence(outbox, PriorityClass.ANOMALY))) == ("e1", 1)
+    assert SlotStore(small_disk / "slots").get("pump").trial_starts == 1
+    outbox.close()
+    state.close()

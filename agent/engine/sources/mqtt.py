@@ -63,6 +63,9 @@ class MqttSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """TOML with ``username`` and ``password``."""
 
 
+SETTINGS: Final = MqttSettings
+
+
 class Credentials(Struct, frozen=True, forbid_unknown_fields=True):
     """What stands in ``credentials_file``."""
 

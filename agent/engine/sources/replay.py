@@ -42,6 +42,9 @@ class ReplaySettings(Struct, frozen=True, forbid_unknown_fields=True):
     buffer_s: Annotated[float, Meta(gt=0)] = 10.0
 
 
+SETTINGS: Final = ReplaySettings
+
+
 class ReplaySource:
     """Rows of a table, each due at its time. ``refs`` are row numbers in the file, from 0."""
 

@@ -22,6 +22,8 @@ from contract.manifest import Pipeline
 
 PRESSURE: Final = Path("/proc/pressure")
 DEFAULT_RATE_HZ: Final = 1.0
+MOST_MISSING: Final = 4
+"""Periods in a row without a reading that a window may bridge."""
 
 
 class SystemSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,6 +31,9 @@ class SystemSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: Literal["system"]
     rate_hz: Annotated[float, Meta(gt=0, le=20)] | None = None
+
+
+SETTINGS: Final = SystemSettings
 
 
 class Counters:
@@ -89,7 +94,11 @@ class Readings:
 
 
 class SystemSource:
-    """One row each period."""
+    """One row each period.
+
+    A late reading is a reading: a machine that struggles wakes its processes
+    late, and that is when its windows matter. What was missed is counted.
+    """
 
     def __init__(self, channels: tuple[str, ...], rate_hz: float, clock: Clock) -> None:
         readings = Readings(clock).channels
@@ -116,7 +125,7 @@ class SystemSource:
             values=np.array([self._read()]),
             t=np.array([self._clock.wall()], np.int64),
             lost=late,
-            continues=not late,
+            continues=late <= MOST_MISSING,
         )
 
     def wait_s(self) -> float:
