@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 from contract.manifest import Manifest
 from inference.registry import open_session
@@ -167,3 +168,17 @@ def test_the_probe_passes_there_too(python: Path, good: tuple[Manifest, dict[str
     assert seen["int8-onnx", "cpu"] == "inference.runtime_missing"
     assert all(r["sandbox"]["landlock_abi"] >= 0 for r in reports if r.get("code") is None)
     assert msgspec.json.encode(manifest)
+
+
+def test_devices_of_armv7l_get_the_numpy_that_tflite_runtime_was_built_for():
+    """With numpy 2 it imports, and then no model opens."""
+    armv7l = {"platform_machine": "armv7l", "python_full_version": "3.11.9"}
+    pins: dict[str, str] = {}
+    for line in (ROOT / "requirements" / "agent.txt").read_text().splitlines():
+        if line.startswith((" ", "#")):
+            continue
+        wanted = Requirement(line.rstrip("\\ "))
+        if wanted.marker is None or wanted.marker.evaluate(armv7l):
+            pins[wanted.name] = str(wanted.specifier)
+    assert pins["tflite-runtime"] == "==2.14.0"
+    assert pins["numpy"].startswith("==1.26")
