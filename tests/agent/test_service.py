@@ -630,6 +630,24 @@ def test_only_probes_that_began_and_were_waited_for_count_against_a_model(
     assert running.running("demo") == probe
 
 
+def test_a_probe_is_told_whether_the_sandbox_is_required(
+    bench: Bench, assign: Assign, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[object] = []
+
+    def probed(*_: object, **options: object) -> list[object]:
+        asked.append(options["require_sandbox"])
+        return []
+
+    monkeypatch.setattr(children.probing, "probe", probed)
+    package = make_package(bench.layout.objects)
+    for required in (True, False):
+        strict = Children(bench.layout, bench.box.put, server="https://127.0.0.1:1", require_sandbox=required)
+        strict.probe(Probe(assign("1.0.0"), package.variant.name), package.manifest, {})
+        assert isinstance(bench.box.get(timeout=10), events.Probed)
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize("code", ["update.not_released", "storage.corrupt"])
 def test_a_fetch_without_verified_metadata_waits_until_they_are_verified_again(
     bench: Bench, running: Children, assign: Assign, desire: Callable[..., Desired], code: str

@@ -11,8 +11,9 @@ import pytest
 from agent import wiring
 from agent.__main__ import main
 from agent.core.layout import Layout
-from agent.core.settings import AgentSettings, Broker, Lane, Probe
+from agent.core.settings import SOURCE_KINDS, AgentSettings, Broker, Lane, Probe
 from agent.core.slots import Slots
+from agent.engine import sources
 from agent.identity.record import Identity
 from agent.service import doctor
 from agent.service.doctor import Surroundings
@@ -100,6 +101,13 @@ def test_doctor_looks_at_each_source_s_settings_and_at_what_is_required(
     monkeypatch.setattr(doctor, "TRY_SANDBOX", "print('partial')")
     assert doctor._sandbox(settings).result == "failed"
     assert doctor._sandbox(AgentSettings()).result == "warning"
+
+
+@pytest.mark.parametrize("kind", SOURCE_KINDS)
+def test_every_source_can_be_checked_without_opening_it(kind: str) -> None:
+    with pytest.raises(PitheadError, match="field") as caught:
+        sources.check({"kind": kind, "path": "rows.csv", "unknown_key": 1})
+    assert caught.value.code == "config.invalid"
 
 
 def test_doctor_calls_a_full_disk_a_failure(small_disk: Path) -> None:
