@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -13,9 +14,11 @@ import pytest
 from pyarrow import parquet
 
 from agent.engine.clock import Clock
+from agent.engine.feed import Feed
 from agent.engine.sources import SOURCES, open_source
-from agent.engine.sources.base import Source
+from agent.engine.sources.base import Source, Table
 from agent.engine.sources.system import PRESSURE, Counters, pressure
+from agent.engine.window import Windower
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
 from models.host_health import CHANNELS as HOST_CHANNELS
@@ -154,16 +157,79 @@ def test_an_empty_cell_is_a_missing_sample(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "a,b,c\n1,2,3\n4,5,6\n\n",
+        "a,b,c\n\n1,2,3\n  \n4,5,6",
+        "\ufeffa,b,c\r\n1,2,3\r\n4,5,6\r\n\r\n",
+        'a, b, c\n 1, 2, 3\n"4","5","6"\n',
+    ],
+)
+def test_files_as_tools_write_them(tmp_path: Path, text: str):
+    path = tmp_path / "r.csv"
+    path.write_bytes(text.encode())
+    held = HeldClock()
+    source = played(path, held, loop=False)
+    held.move(1)
+    assert take(source).values.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("cell", ["", " ", "NULL", "null", "NaN", "n/a", "None", "-"])
+def test_a_cell_without_a_value_is_a_missing_sample(tmp_path: Path, cell: str):
+    path = tmp_path / "r.csv"
+    path.write_text(f"a,b,c\n1,{cell},3\n")
+    values = take(played(path, HeldClock())).values[0]
+    assert np.isnan(values).tolist() == [False, True, False]
+
+
+def test_a_file_that_is_written_again_is_played(tmp_path: Path):
+    """A file's content is no setting: the lane looks again."""
+    path, held = tmp_path / "r.csv", HeldClock()
+    path.write_text("x,y\n")
+    feed = Feed("lane", held.clock)
+    table: Table = {"kind": "replay", "path": str(path)}
+    assert feed.poll(table, PIPELINE, 10) is None
+    assert feed.problem is not None
+    assert feed.problem.retryable
+    path.write_text("a,b,c\n1,2,3\n")
+    held.move(1)
+    assert feed.poll(table, PIPELINE, 10) is not None
+    assert feed.problem is None
+
+
+@pytest.mark.parametrize(("configured", "goes_on"), [(20.0, True), (None, False)])
+def test_another_sample_rate_opens_the_source_again_only_where_it_counts(
+    tmp_path: Path, configured: float | None, goes_on: object
+):
+    held = HeldClock()
+    feed = Feed("lane", held.clock)
+    table: Table = {"kind": "replay", "path": str(as_csv(tmp_path)), "rate_hz": configured}
+    first = feed.poll(table, PIPELINE, 1)
+    held.move(1)
+    second = feed.poll(table, msgspec.structs.replace(PIPELINE, sample_rate_hz=40.0), 1)
+    assert first is not None
+    assert second is not None
+    assert second.refs is not None
+    assert second.continues == goes_on
+    assert second.refs.tolist() == ([1] if goes_on else [0])
+
+
+@pytest.mark.parametrize(
     ("text", "changes", "code", "words"),
     [
         (None, {}, "source.failed", "No such file"),
-        ("a,b\n1,2\n", {}, "config.invalid", "no column 'c'"),
+        ("a,b\n1,2\n", {}, "source.failed", "no column 'c'"),
+        ("a;b;c\n1;2;3\n", {}, "source.failed", "no column 'a'"),
         ("a,b,c\n1,2,x\n", {}, "source.failed", "line 2"),
         ("a,b,c\n1,2\n", {}, "source.failed", "line 2"),
         ("a,b,c\n", {}, "source.failed", "no rows"),
-        ("", {}, "config.invalid", "no column 'a'"),
+        ("", {}, "source.failed", "no column 'a'"),
         ("a,b,c\n1,2,3\n", {"columns": ["a"]}, "config.invalid", "lanes.source.columns"),
         ("a,b,c\n1,2,3\n", {"rate_hz": 0.0}, "config.invalid", "rate_hz"),
+        ("a,b,c\n1,2,3\n", {"rate_hz": 1e300}, "config.invalid", "rate_hz"),
+        ("a,b,c\n1,2,3\n", {"speed": 1e308}, "config.invalid", "speed"),
+        ("a,b,c\n1,2,3\n", {"buffer_s": 1e308}, "config.invalid", "buffer_s"),
+        ("a,b,c\n1,2,3\n", {"offset": 2**70}, "config.invalid", "offset"),
         ("a,b,c\n1,2,3\n", {"rate_hz": "fast"}, "config.invalid", "rate_hz"),
         ("a,b,c\n1,2,3\n", {"sped": 1.0}, "config.invalid", "sped"),
         ("a,b,c\n1,2,3\n", {"kind": "magic"}, "config.invalid", "lanes.source.kind"),
@@ -225,8 +291,26 @@ def test_the_system_source_has_every_channel_of_host_health(tmp_path: Path):
     assert batch.values[0][1] == pytest.approx(psutil.virtual_memory().percent, abs=20)
     held.move(2.1)
     late = take(source)
-    assert (late.lost, late.continues) == (3, False)
+    assert (late.lost, late.continues) == (3, True)
     assert source.poll(1) is None
+    held.move(3.1)
+    gone = take(source)
+    assert (gone.lost, gone.continues) == (5, False)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.4, 0.52, 0.7, 1.2])
+def test_a_machine_that_wakes_late_has_its_windows_all_the_same(late_s: float):
+    """Every third wake-up of a loaded machine comes late; its windows are what the model is for."""
+    held = HeldClock()
+    source = open_source({"kind": "system"}, HOST, held.clock)
+    windower = Windower(4, 2, len(HOST_CHANNELS))
+    rows = windows = 0
+    for i in range(300):
+        held.move(source.wait_s() + (late_s if i % 3 == 0 else 0.001))
+        batch = take(source)
+        rows += 1
+        windows += len(windower.push(batch.values, np.ones(1, bool), continues=batch.continues).starts)
+    assert windows == (rows - 4) // 2 + 1
 
 
 def test_rates_are_logarithms_of_the_growth_per_second():

@@ -7,6 +7,7 @@ not taken in time are lost, and counted.
 import csv
 import gzip
 import io
+import math
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate, settings
 from contract.errors import PitheadError
-from contract.manifest import Pipeline
+from contract.manifest import Hertz, Pipeline
 
+MISSING: Final = frozenset({"", "null", "none", "na", "n/a", "nan", "-"})
+"""What tools write where there is no value, in small letters."""
 MAX_VALUES: Final = 64_000_000
 """Rows x channels that a file may have; all of it is held in memory."""
 
@@ -34,12 +37,12 @@ class ReplaySettings(Struct, frozen=True, forbid_unknown_fields=True):
     path: Annotated[str, Meta(min_length=1)]
     columns: tuple[str, ...] | None = None
     """Of the file, in the order of the model's channels; default: the channels' names."""
-    rate_hz: Annotated[float, Meta(gt=0)] | None = None
-    speed: Annotated[float, Meta(gt=0)] = 1.0
+    rate_hz: Hertz | None = None
+    speed: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     loop: bool = True
-    offset: Annotated[int, Meta(ge=0)] = 0
+    offset: Annotated[int, Meta(ge=0, le=2**31)] = 0
     """First row to play."""
-    buffer_s: Annotated[float, Meta(gt=0)] = 10.0
+    buffer_s: Annotated[float, Meta(gt=0, le=86400)] = 10.0
 
 
 SETTINGS: Final = ReplaySettings
@@ -134,15 +137,20 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
 
 
 def _csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
-    """Read the columns of a CSV file with a header line; an empty cell is a missing sample."""
+    """Read the columns of a CSV file with a header line; a cell of ``MISSING`` is a missing sample.
+
+    Lines with nothing on them are left out, wherever they stand.
+    """
     values = array("d")
     try:
         with _text(path) as file:
             reader = csv.reader(file)
-            places = _places(path, next(reader, []), columns)
+            places = _places(path, [name.strip() for name in next(reader, [])], columns)
             for row in reader:
+                if not any(map(str.strip, row)) and len(row) <= 1:
+                    continue
                 try:
-                    values.extend([float(row[i] or "nan") for i in places])
+                    values.extend([_cell(row[i]) for i in places])
                 except (ValueError, IndexError) as error:
                     raise PitheadError("source.failed", f"{path} line {reader.line_num}: {error}") from error
                 _check_size(path, len(values))
@@ -151,13 +159,18 @@ def _csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
     return np.frombuffer(values, np.float64).reshape(-1, len(columns))
 
 
+def _cell(text: str) -> float:
+    return math.nan if text.strip().lower() in MISSING else float(text)
+
+
 @contextmanager
 def _text(path: Path) -> Iterator[io.TextIOBase]:
+    """Open a file as text; a byte-order mark, which spreadsheets write, is no part of it."""
     if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
     else:
-        with path.open(encoding="utf-8", newline="") as plain:
+        with path.open(encoding="utf-8-sig", newline="") as plain:
             yield plain
 
 
@@ -185,9 +198,8 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
 def _places(path: Path, header: list[str], columns: tuple[str, ...]) -> list[int]:
     for name in columns:
         if name not in header:
-            raise PitheadError(
-                "config.invalid", f"lanes.source.columns: {path} has no column {name!r}", key="columns"
-            )
+            # Another file may lie there soon, so it is worth another look.
+            raise PitheadError("source.failed", f"{path} has no column {name!r}", key="columns")
     return [header.index(name) for name in columns]
 
 
