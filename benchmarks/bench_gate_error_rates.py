@@ -5,6 +5,10 @@ pooled samples of canaries and controls, repeated at each look at 5 %, and a
 fixed threshold on the difference of the means. Traces: 20 to 100 devices,
 12 hours before and 12 after in minutes; each device has a level of its own,
 AR(1) noise (0.9), a common daily cycle and heavy tails (Student t, 3).
+
+The first lines spend all of alpha on one comparison and halt on any harm, so
+that gates are compared on equal terms. The "live" lines measure what decides
+in a rollout: the first stage's share of alpha, and a minimum harm and margin.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import numpy as np
 from scipy import signal, stats
 
 from control_plane.core.gate import Evidence, Outcome, assess
+from control_plane.core.gate.design import alpha_shares
 from control_plane.core.gate.spending import schedule
 from control_plane.core.policy import Metric, Policy
 
@@ -51,6 +56,21 @@ class Cell(msgspec.Struct, frozen=True):
     """(devices, canaries, drift after the activation of both arms)."""
     margin: float = FLAWLESS
     minimum_harm: float = 0.0
+    share: float = 1.0
+    """Of alpha."""
+
+
+def live(name: str, harm: float, devices: int = 20, canaries: int = 3) -> Cell:
+    share = alpha_shares(len(Policy().stages))[0][0]
+    return Cell(
+        f"live: {name}, {devices}/{canaries}",
+        devices=devices,
+        canaries=canaries,
+        harm=harm,
+        minimum_harm=0.2,
+        margin=0.5,
+        share=share,
+    )
 
 
 CELLS: Final = (
@@ -64,8 +84,14 @@ CELLS: Final = (
     Cell("+0.6 sd from minute 360, 20/3", harm=0.6, onset=360),
     Cell("5 metrics, one +0.6 sd, 20/3", harm=0.6, metrics=5),
     Cell("half of the canaries die, 60/6", devices=60, canaries=6, die=0.5),
+    live("harmless", 0.0),
+    live("at the minimum harm", 0.2),
+    live("+0.6 sd", 0.6),
+    live("+0.6 sd", 0.6, devices=100, canaries=5),
 )
-AT_MARGIN: Final = Cell("exactly at the margin, 20/3", harm=0.5, margin=0.5, minimum_harm=9.0)
+NO_ALPHA: Final = 1e-9
+AT_MARGIN: Final = Cell("exactly at the margin, 20/3", harm=0.5, margin=0.5, minimum_harm=0.5, share=NO_ALPHA)
+"""Nothing may halt, so that only growth is measured."""
 
 
 def trace(rng: np.random.Generator, cell: Cell) -> Evidence:
@@ -98,6 +124,7 @@ def trace(rng: np.random.Generator, cell: Cell) -> Evidence:
         strata=tuple(str(s) for s in strata),
         pre=BEFORE,
         series=series,
+        alpha_share=cell.share,
     )
 
 
