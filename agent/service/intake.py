@@ -208,15 +208,19 @@ def _serving(state: LaneState | None) -> Suspect | None:
 def _at_work(configured: Collection[LaneSpec], lanes: Iterable[LaneState]) -> frozenset[Suspect]:
     """Return the sessions that were asked for and that were seen in service or loading.
 
-    One of which nothing was seen yet is none of them: its trial loses a start
-    by the next engine, and no more.
+    One of which nothing was seen yet, while others spoke, is none of them: its
+    trial loses a start by the next engine, and no more. An engine that died
+    before any of its lanes spoke may have died of each.
     """
+    asked, said = frozenset(map(_suspect, configured)), tuple(lanes)
+    if not said:
+        return asked
     seen = set()
-    for state in lanes:
+    for state in said:
         seen.add(_serving(state))
         if state.wanted_digest is not None and state.state != "failed":
             seen.add(Suspect(state.model_name, state.wanted_digest, state.wanted_activation))
-    return frozenset(set(map(_suspect, configured)) & seen)
+    return asked & seen
 
 
 def _entry(product: Product) -> Entry:

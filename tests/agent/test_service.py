@@ -235,6 +235,20 @@ def test_a_confirmed_version_that_kills_engines_is_given_up_also_across_restarts
     assert engines.step(desire(wanted)) is None
 
 
+def test_engines_that_die_before_their_lanes_speak_count_too(
+    bench: Bench, engines: Engines, assign: Assign, desire: Callable[..., Desired]
+):
+    wanted = installed_order(bench, assign, "2.0.0")
+    active = Serving(bench.install(wanted))
+    bench.world.slots.save(Slots("pump", active=active, last_good=bench.install(assign("1.0.0"))))
+    for _ in range(health.MAX_DEATHS):
+        engines.start()
+        assert engines.step(desire(wanted)) is None
+        engines.die()
+    engines.start()
+    assert isinstance(engines.step(desire(wanted)), plan.Fallback)
+
+
 def test_an_engine_that_lived_long_begins_a_new_count(bench: Bench, engines: Engines, assign: Assign):
     active = Serving(bench.install(assign("2.0.0")))
     before = Slots("pump", active=active, last_good=bench.install(assign("1.0.0")), deaths=4)
