@@ -14,7 +14,7 @@ import msgspec
 import psutil
 import pytest
 
-from agent import wiring
+from agent.__main__ import main
 from agent.core import health, plan, slots
 from agent.core.blame import SOON_S
 from agent.core.layout import Layout
@@ -459,7 +459,9 @@ def test_a_lane_runs_only_with_all_its_files_and_keeps_its_fit(bench: Bench, ass
     assert installed.digest in world.observe(0.0)["pump"].broken
 
 
-def test_a_fit_holds_for_its_source_and_until_another_calibration_is_asked_for(bench: Bench, assign: Assign):
+def test_a_fit_holds_for_its_source_and_until_another_calibration_is_asked_for(
+    bench: Bench, assign: Assign, capsys: pytest.CaptureFixture[str]
+):
     found = on_trial(bench, assign)
     assert found.trial is not None
     (spec,) = bench.world.lane_specs()
@@ -470,15 +472,16 @@ def test_a_fit_holds_for_its_source_and_until_another_calibration_is_asked_for(b
     bench.layout.config.write_text(
         '[[lanes]]\nname = "line"\nmodel = "pump"\nsource = {kind = "replay", path = "rows.csv"}\n'
     )
-    wiring.recalibrate(bench.layout, "line")  # by another process, while this one runs
+    root = ["--root", str(bench.layout.root)]
+    assert main(["recalibrate", "line", *root]) == 0  # by another process, while this one runs
     (again,) = bench.world.lane_specs()
     assert again.fit is None
     assert again.binding != spec.binding
     # The engine may still repeat the fit that it had: it is kept for what it was made for.
     bench.world.fitted("line", found.trial.installed.digest, fit)
     assert bench.world.lane_specs()[0].fit is None
-    with pytest.raises(PitheadError, match=r"config\.invalid.*no lane is named 'other'; there are line"):
-        wiring.recalibrate(bench.layout, "other")
+    assert main(["recalibrate", "other", *root]) == 2
+    assert "no lane is named 'other'; there are line" in capsys.readouterr().err
 
 
 def test_what_is_needed_is_kept_and_fits_of_gone_versions_are_forgotten(bench: Bench, assign: Assign):
