@@ -5,7 +5,7 @@ a 4-byte big-endian length and one msgpack map. Both directions are
 level-triggered or numbered, so either side may restart at any time.
 """
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -57,7 +57,7 @@ class LaneSpec(Struct, frozen=True, omit_defaults=True):
     """Path in the package -> path of the object."""
     variant: Name
     accelerator: str
-    source: dict[str, str | int | float | bool | list[str] | None]
+    source: dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
     """The lane's ``source`` table of the configuration; ``kind`` chooses the adapter."""
     activation: Count = 0
     fit: FitResult | None = None

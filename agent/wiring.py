@@ -20,9 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from msgspec import to_builtins
+from msgspec.structs import replace
+
+from agent.core import tags
 from agent.core.layout import Layout
-from agent.core.settings import AgentSettings, overridden, parse
+from agent.core.settings import AgentSettings, Lane, overridden, parse
 from agent.core.trusted_time import clock_is_right
+from agent.engine import plugins
 from agent.errors import from_os
 from agent.identity import record
 from agent.identity.record import Identity
@@ -92,7 +97,39 @@ def read_settings(layout: Layout) -> AgentSettings:
         raise PitheadError("config.invalid", f"{layout.config}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PitheadError("config.invalid", f"{layout.config}: {error}") from error
-    return parse(overridden(table, os.environ))
+    return with_files(parse(overridden(table, os.environ), plugins.kinds), layout.config.parent)
+
+
+def with_files(settings: AgentSettings, directory: Path) -> AgentSettings:
+    """Return the settings with the sources' files found from ``directory``, and tags read from theirs.
+
+    So the tags are a part of the lane's source like any other: a changed file is a changed source.
+    Raises ``config.invalid`` naming the file, and the line.
+    """
+    return replace(settings, lanes=tuple(_with_files(lane, directory) for lane in settings.lanes))
+
+
+def _with_files(lane: Lane, directory: Path) -> Lane:
+    source = dict(lane.source)
+    for key, value in lane.source.items():
+        if key.endswith("_file") and isinstance(value, str):
+            source[key] = str(directory / value)
+    path = source.pop("tags_file", None)
+    if path is None:
+        return replace(lane, source=source)
+    if "tags" in source:
+        raise PitheadError(
+            "config.invalid", f"lane {lane.name!r} has both tags and tags_file", key="tags_file"
+        )
+    try:
+        with Path(str(path)).open("rb") as file:
+            data = file.read(tags.MAX_FILE + 1)
+    except OSError as error:
+        raise PitheadError(
+            "config.invalid", f"lane {lane.name!r}: tags_file {path}: {error.strerror}", key="tags_file"
+        ) from error
+    found = tags.from_csv(data, str(path))
+    return replace(lane, source=source | {"tags": [to_builtins(tag) for tag in found]})
 
 
 def recalibrate(layout: Layout, lane: str) -> None:

@@ -196,6 +196,10 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     "source.failed": ErrorSpec(
         "A sensor source failed.", "Check the sensor and its settings.", retryable=True
     ),
+    "source.plugin_broken": ErrorSpec(
+        "A third party's sensor source cannot be used.",
+        "Update or remove the distribution that the message names.",
+    ),
     "internal.error": ErrorSpec("Something unexpected failed.", "See the log; please report it."),
 }
 

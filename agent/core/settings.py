@@ -1,7 +1,7 @@
 """The device's configuration as types; an unknown key is an error that names it."""
 
-from collections.abc import Mapping
-from typing import Annotated, Final, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -9,9 +9,9 @@ from msgspec import Meta, Struct
 from contract.errors import PitheadError
 from contract.messages import Name
 
-SOURCE_KINDS: Final = ("mqtt", "replay", "system")
-"""Sensor sources; each is a module in ``agent.engine.sources``."""
-SourceTable = dict[str, str | int | float | bool | list[str] | None]
+SOURCE_KINDS: Final = ("modbus", "mqtt", "replay", "system")
+"""Sensor sources of the house; each is a module in ``agent.engine.sources``."""
+SourceTable = dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
 
 
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,8 +95,11 @@ def overridden(table: Mapping[str, object], environment: Mapping[str, str]) -> d
     return result
 
 
-def parse(table: object) -> AgentSettings:
-    """Return the settings of a decoded TOML table; ``config.invalid`` names the wrong key."""
+def parse(table: object, more_kinds: Callable[[], Collection[str]] = tuple) -> AgentSettings:
+    """Return the settings of a decoded TOML table; ``config.invalid`` names the wrong key.
+
+    ``more_kinds`` names the sources of third parties; it is asked only for a kind that the house has not.
+    """
     try:
         settings = msgspec.convert(table, AgentSettings)
     except msgspec.ValidationError as error:
@@ -107,11 +110,11 @@ def parse(table: object) -> AgentSettings:
             raise PitheadError("config.invalid", f"agent.toml: two lanes are named {name!r}", key="lanes")
     for lane in settings.lanes:
         kind = lane.source.get("kind")
-        if kind not in SOURCE_KINDS:
+        if kind not in SOURCE_KINDS and kind not in (more := tuple(more_kinds())):
             said = "no source.kind" if kind is None else f"the source.kind {kind!r}"
             raise PitheadError(
                 "config.invalid",
-                f"agent.toml: lane {lane.name!r} has {said}; there are {', '.join(SOURCE_KINDS)}",
+                f"agent.toml: lane {lane.name!r} has {said}; there are {', '.join((*SOURCE_KINDS, *more))}",
                 key="source.kind",
             )
     return settings

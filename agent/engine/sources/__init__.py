@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import Any, Final
 
 from agent.core.settings import SOURCE_KINDS
+from agent.engine import plugins
 from agent.engine.clock import Clock
+from agent.engine.sources.around import Checked, Converted
 from agent.engine.sources.base import Opener, Source, Table, settings
+from agent.engine.sources.tags import bound, split
 from contract.errors import PitheadError
 from contract.manifest import Pipeline
 
@@ -15,22 +18,35 @@ SOURCES: Final = {kind: f"agent.engine.sources.{kind}" for kind in SOURCE_KINDS}
 
 def check(table: Table) -> None:
     """Raise ``config.invalid`` for what can be seen to be wrong without opening the source."""
-    settings(table, _module(table).SETTINGS)
+    module = _module(table)
+    bare, _, _ = split(table)
+    if (kind := getattr(module, "SETTINGS", None)) is not None:
+        settings(bare, kind)
 
 
 def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
-    """Open the source that ``table["kind"]`` names for the channels of ``pipeline``.
+    """Open the source that ``table["kind"]`` names for the channels of ``pipeline``, in its units.
 
-    Raises ``config.invalid`` for a wrong setting and ``source.failed`` when the sensor does not answer.
+    Raises ``config.invalid`` for a wrong setting, ``source.plugin_broken`` for a third party's source that
+    cannot be used, and ``source.failed`` when the sensor does not answer.
     """
     opener: Opener = _module(table).open_source
-    return opener(table, pipeline, clock)
+    bare, conversion = bound(table, pipeline)
+    source = opener(bare, pipeline, clock)
+    if table["kind"] not in SOURCES:
+        source = Checked(str(table["kind"]), source, len(pipeline.channels))
+    return source if conversion is None else Converted(source, conversion)
 
 
 def _module(table: Table) -> Any:
     kind = table.get("kind")
-    if not isinstance(kind, str) or kind not in SOURCES:
-        raise PitheadError(
-            "config.invalid", f"lanes.source.kind is {kind!r}, not one of {', '.join(SOURCES)}", key="kind"
-        )
-    return import_module(SOURCES[kind])
+    if isinstance(kind, str):
+        if kind in SOURCES:
+            return import_module(SOURCES[kind])
+        if (module := plugins.load(kind)) is not None:
+            return module
+    raise PitheadError(
+        "config.invalid",
+        f"lanes.source.kind is {kind!r}, not one of {', '.join([*SOURCES, *plugins.kinds()])}",
+        key="kind",
+    )

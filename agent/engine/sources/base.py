@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ from agent.engine.clock import Clock
 from contract.errors import PitheadError
 from contract.manifest import Pipeline
 
-Table = dict[str, str | int | float | bool | list[str] | None]
+Table = dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
 """The lane's ``source`` table of the configuration."""
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 TICK_S = 0.1
