@@ -1,4 +1,8 @@
-"""The device's command line: ``pithead-agent``."""
+"""The device's command line: ``pithead-agent``.
+
+Each command imports what it needs when it runs: `serve` shall not pay for
+the supervisor's parts, nor they for its.
+"""
 
 import argparse
 import os
@@ -8,9 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import wiring
 from agent.core.layout import Layout
-from agent.service import status
 from contract.errors import PitheadError
 
 EXAMPLES = """examples:
@@ -19,6 +21,7 @@ EXAMPLES = """examples:
   pithead-agent status                  what runs where, and why
   pithead-agent status --json
   pithead-agent doctor                  what keeps this device from working
+  pithead-agent serve models/           serve models here, without a fleet (see serve --help)
   pithead-agent recalibrate LANE        fit a lane's model to its source anew
 
 SIGTERM and SIGINT end `run` and its engine; SIGHUP ends `run` alone: the
@@ -28,7 +31,12 @@ engine goes on, and the next `run` finds it.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 1 when a check failed, 2 for an error."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["serve"]:
+        from agent.engine.serve import command  # noqa: PLC0415 - has a parser of its own
+
+        return command.main(given[1:])
+    options = _parser().parse_args(given)
     layout = Layout(Path(options.root).absolute())
     try:
         return int(options.act(layout, options))
@@ -81,10 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", parents=[common], help="check what this device needs")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(act=_doctor)
+
+    commands.add_parser("serve", add_help=False, help="serve models on this machine, without a fleet")
     return parser
 
 
 def _enroll(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+
     identity, new = wiring.enrol(
         layout, server=options.server, token=options.token, name=options.name, hardware=options.hardware
     )
@@ -94,12 +106,17 @@ def _enroll(layout: Layout, options: argparse.Namespace) -> int:
 
 
 def _run(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+
     wiring.set_up_logging(options.log_level)
     wiring.run(layout)
     return 0
 
 
 def _status(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+    from agent.service import status  # noqa: PLC0415
+
     problems = []
     try:
         wiring.read_settings(layout)
@@ -114,12 +131,16 @@ def _status(layout: Layout, options: argparse.Namespace) -> int:
 
 
 def _recalibrate(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+
     wiring.recalibrate(layout, options.lane)
     sys.stdout.write(f"The lane {options.lane} is calibrated anew as soon as its agent runs.\n")
     return 0
 
 
 def _doctor(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+
     bad = False
     for finding in wiring.doctor(layout):
         bad = bad or finding.result == "failed"

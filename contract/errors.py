@@ -156,6 +156,33 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     "request.not_found": ErrorSpec("There is no such thing.", "Check the name."),
     "request.too_large": ErrorSpec("The request is larger than its limit.", "Send less at once."),
     "request.rate_limited": ErrorSpec("Too many requests.", "Wait and try again.", retryable=True),
+    # --- serving on the device
+    "serve.bad_request": ErrorSpec(
+        "The inference request is not valid.", "Correct the field that the message names."
+    ),
+    "serve.unknown_model": ErrorSpec(
+        "No such model or version is served.", "See the repository's index for what there is."
+    ),
+    "serve.not_ready": ErrorSpec(
+        "The model is not loaded.", "See the reason in the message and in the repository's index."
+    ),
+    "serve.not_found": ErrorSpec("There is no such region.", "Register it first."),
+    "serve.conflict": ErrorSpec("This cannot be done in the present state.", "See the detail."),
+    "serve.unsupported": ErrorSpec("This server cannot do that.", "See the detail."),
+    "serve.unsupported_encoding": ErrorSpec(
+        "The body's encoding is not known here.", "Send it plain, in gzip or in deflate."
+    ),
+    "serve.too_large": ErrorSpec("The request is larger than its limit.", "Send less at once."),
+    "serve.overloaded": ErrorSpec(
+        "More is asked for than can be answered in time.", "Wait and try again.", retryable=True
+    ),
+    "serve.timeout": ErrorSpec(
+        "The answer was not ready in time.", "Ask for less, or allow more time.", retryable=True
+    ),
+    "serve.model_lost": ErrorSpec("A run of the model hangs.", "Load the model again."),
+    "serve.repository_unreadable": ErrorSpec(
+        "The model directory cannot be read as one.", "Correct what the message names."
+    ),
     # --- registry
     "release.exists": ErrorSpec(
         "This version is published already.", "A version never changes; use a new one."

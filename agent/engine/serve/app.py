@@ -1,0 +1,204 @@
+"""Put a service and its listeners together on one event loop, in the main thread or in one of its own."""
+
+import asyncio
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent.engine.serve import http, rest
+from agent.engine.serve.catalogue import Limits
+from agent.engine.serve.repository import Source
+from agent.engine.serve.service import Service
+from agent.engine.serve.shared_memory import SharedMemory
+from agent.engine.serve.tokens import Tokens
+from contract.errors import PitheadError
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 512
+DRAIN_S: Final = 5.0
+
+
+class Listen(Struct, frozen=True):
+    """Where and for whom to listen."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    """0 takes a free one."""
+    certificate: Path | None = None
+    key: Path | None = None
+    limits: http.Limits = http.Limits()
+
+
+class App:
+    """A running server. Made and used on its loop's thread."""
+
+    def __init__(
+        self, sources: Sequence[Source], limits: Limits, listen: Listen, tokens: Tokens | None
+    ) -> None:
+        local = is_loopback(listen.host)
+        if not local and tokens is None:
+            raise PitheadError(
+                "config.invalid",
+                f"--host {listen.host} is not loopback: give --token-file, so that not everybody may ask",
+            )
+        self._listen = listen
+        self.service = Service(sources, limits, SharedMemory() if local else SharedMemory(None))
+        self.rest = rest.Rest(self.service, tokens, listen.limits.body_bytes)
+        self.http: http.Server | None = None
+        self.port = 0
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen, then begin to load; raises ``config.invalid`` and ``serve.repository_unreadable``."""
+        listen = self._listen
+        self.http = http.Server(self.rest.handle, rest.failure, _fitting(listen.limits))
+        self.rest.shows(self.http)
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                self.http.protocol,
+                listen.host,
+                listen.http_port,
+                backlog=BACKLOG,
+                ssl=_tls(listen),
+                ssl_handshake_timeout=listen.limits.header_s if listen.certificate else None,
+            )
+        except OSError as error:
+            raise PitheadError(
+                "config.invalid", f"cannot listen on {listen.host}:{listen.http_port}: {error}"
+            ) from error
+        self.port = self._server.sockets[0].getsockname()[1]
+        await self.service.start()
+
+    async def stop(self) -> None:
+        """Take no more, answer what is there, end."""
+        if self._server is not None:
+            self._server.close()
+        if self.http is not None:
+            await self.http.close(DRAIN_S)
+        await self.service.stop()
+
+    @property
+    def url(self) -> str:
+        """Where REST is."""
+        host = f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
+        return f"{'https' if self._listen.certificate else 'http'}://{host}:{self.port}"
+
+
+class ServingThread:
+    """An app in a thread of its own, for a process that has other things to do.
+
+    Offer models through a ``repository.Memory`` source and ``load`` or ``unload``.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], limits: Limits, listen: Listen, tokens: Tokens | None
+    ) -> None:
+        self._make = partial(App, sources, limits, listen, tokens)
+        self._thread = threading.Thread(target=self._run, name="serving", daemon=True)
+        self._up = threading.Event()
+        self._failure: PitheadError | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self.app: App | None = None
+
+    def start(self) -> App:
+        """Return when it listens; raises what ``App.start`` raises."""
+        self._thread.start()
+        self._up.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self.app is not None
+        return self.app
+
+    def load(self, name: str, timeout_s: float = 60.0) -> None:
+        """Load a model's newest version and let it take its place; raises what ``Service.load`` raises."""
+        assert self.app is not None
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self.app.service.load(name), self._loop).result(timeout_s)
+
+    def unload(self, name: str) -> None:
+        """Serve a model no more."""
+        assert self.app is not None
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.app.service.unload, name)
+
+    def stop(self, timeout_s: float = 15.0) -> None:
+        """End, and wait for it."""
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        run(self._main())
+
+    async def _main(self) -> None:
+        try:
+            self.app = self._make()
+            await self.app.start()
+        except PitheadError as error:
+            self._failure = error
+            return
+        finally:
+            self._loop = asyncio.get_running_loop()
+            self._stop = asyncio.Event()
+            self._up.set()
+        await self._stop.wait()
+        await self.app.stop()
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine on uvloop where it is installed, else on asyncio's own loop."""
+    try:
+        import uvloop  # noqa: PLC0415 - optional
+    except ImportError:
+        factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``; a name counts if all of its addresses do."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    addresses = {str(address[4][0]) for address in found}
+    return bool(addresses) and all(a == "::1" or a.startswith("127.") for a in addresses)
+
+
+def _fitting(limits: http.Limits) -> http.Limits:
+    """Return limits that this process's descriptors suffice for."""
+    import resource  # noqa: PLC0415 - not on every platform that can import this module
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + 200
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return replace(limits, connections=max(1, most - 200))
+    return limits
+
+
+def _tls(listen: Listen) -> ssl.SSLContext | None:
+    if listen.certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(listen.certificate, listen.key)
+    except (OSError, ssl.SSLError) as error:
+        raise PitheadError("config.invalid", f"--tls-cert {listen.certificate}: {error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context

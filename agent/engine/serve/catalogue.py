@@ -1,0 +1,387 @@
+"""All versions that are known, which of them are in memory, and how one takes another's place.
+
+A swap never leaves a gap: the new session is loaded and warmed up beside the
+old one, then takes its place in one assignment; the old one answers what it
+has admitted, and is freed on a thread where nobody waits (TensorFlow
+Serving's "availability preserving" policy, with counted handles).
+
+Under a memory budget the version that was used least recently and answers
+nobody leaves first. It stays known: its next request loads it.
+
+All methods belong to the loop's thread.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent.engine.serve.background import Background
+from agent.engine.serve.opening import Opened
+from agent.engine.serve.repository import Candidate, Source, newest
+from agent.engine.serve.requests import InferRequest
+from agent.engine.serve.runner import Policy, Profile
+from agent.engine.serve.served import Done, Live
+from agent.engine.serve.statistics import Statistics
+from agent.engine.serve.warm_up import warm_up
+from contract.errors import PitheadError
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING: Final = 256
+"""Requests that may wait for an idle model to load."""
+
+
+class State(StrEnum):
+    """Of a version."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    IDLE = "IDLE"
+    """Not in memory; its next request loads it."""
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+class Limits(Struct, frozen=True):
+    """What is served, and within what."""
+
+    policy: Policy = Policy()
+    versions: int = 1
+    """So many of the newest versions of each model; 0: all."""
+    memory_bytes: int = 0
+    """For all sessions together; 0: no limit."""
+    lazy: bool = False
+    """Load nothing before its first request."""
+
+
+class Version:
+    """One version; it stays when its session goes."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.state = State.IDLE
+        self.reason = ""
+        self.live: Live | None = None
+        self.statistics = Statistics()
+        self.waiting: deque[tuple[InferRequest, Done]] = deque()
+        self.policy: Policy | None = None
+        """Set by the configuration of a load request."""
+        self.loading: asyncio.Task[PitheadError | None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered."""
+        return self.live is not None or self.state is State.IDLE
+
+
+class Entry:
+    """A model: its served versions, and the one that a request without a version gets."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.versions: dict[str, Version] = {}
+        self.unloaded = False
+        """By request: its versions are known, but not served."""
+
+    @property
+    def default(self) -> Version | None:
+        """The newest version that is in memory; else the newest."""
+        first = None
+        for name in newest(list(self.versions)):
+            version = self.versions[name]
+            if version.live is not None:
+                return version
+            if first is None or (version.ready and not first.ready):
+                first = version
+        return first
+
+
+class Catalogue:
+    """The models."""
+
+    def __init__(self, sources: Sequence[Source], limits: Limits) -> None:
+        self._sources, self.limits = sources, limits
+        self.entries: dict[str, Entry] = {}
+        self.routes: dict[tuple[str, str], Live] = {}
+        """(model, version) -> what serves it now; version is empty for the default."""
+        self._loader = Background("loader")
+        self._closer = Background("closer")
+        self._available: list[Candidate] = []
+        self.loads = self.evictions = 0
+        self._tasks: set[asyncio.Task[PitheadError | None]] = set()
+
+    # ---- finding
+
+    def find(self, name: str, version: str) -> Version:
+        """Return a version; raises ``serve.unknown_model``."""
+        entry = self.entries.get(name)
+        if entry is None or entry.unloaded:
+            raise PitheadError("serve.unknown_model", f"no model {name[:200]!r} is served", model=name[:200])
+        found = entry.versions.get(version) if version else entry.default
+        if found is None:
+            raise PitheadError(
+                "serve.unknown_model",
+                f"model {name!r} has no version {version[:100]!r}; there are {newest(list(entry.versions))}",
+                model=name,
+            )
+        return found
+
+    def submit_elsewhere(self, request: InferRequest, done: Done) -> None:
+        """Answer a request whose version is not in memory: load it first, or say why not."""
+        version = self.find(request.model, request.version)
+        if version.live is not None:
+            version.live.submit(request, done)
+            return
+        if version.state is State.UNAVAILABLE:
+            raise PitheadError(
+                "serve.not_ready", f"{request.model} {version.candidate.version}: {version.reason}"
+            )
+        if len(version.waiting) >= MAX_WAITING:
+            raise PitheadError("serve.overloaded", f"{MAX_WAITING} requests wait for the model to load")
+        version.waiting.append((request, done))
+        self._begin(self.entries[request.model], version)
+
+    # ---- loading
+
+    async def scan(self) -> list[Candidate]:
+        """Look at the sources; raises ``serve.repository_unreadable``."""
+
+        def all_of() -> list[Candidate]:
+            return [candidate for source in self._sources for candidate in source.scan()]
+
+        self._available = await asyncio.get_running_loop().run_in_executor(None, all_of)
+        return self._available
+
+    async def start(self) -> None:
+        """Find everything, and begin to load what is wanted."""
+        await self.scan()
+        for name in dict.fromkeys(candidate.name for candidate in self._available):
+            self._wish(name)
+        if not self.limits.lazy:
+            for entry in self.entries.values():
+                for version in entry.versions.values():
+                    self._begin(entry, version)
+
+    async def load(self, name: str, policy: Policy | None = None) -> None:
+        """Serve a model's newest versions, loading again those whose bytes or policy have changed.
+
+        Returns when it is done. Raises ``serve.unknown_model``, or what loading raised.
+        """
+        await self.scan()
+        entry = self._wish(name)
+        if entry is None:
+            raise PitheadError("serve.unknown_model", f"no model {name[:200]!r} is in the repository")
+        entry.unloaded = False
+        tasks = []
+        for version in entry.versions.values():
+            if policy is not None:
+                version.policy = policy
+            current = next(
+                c for c in self._available if (c.name, c.version) == (name, version.candidate.version)
+            )
+            live = version.live
+            changed = live is None or live.candidate.identity != current.identity or policy is not None
+            version.candidate = current
+            if changed:
+                tasks.append(self._begin(entry, version))
+        for error in await asyncio.gather(*tasks):
+            if error is not None:
+                raise PitheadError("serve.not_ready", f"{name}: {error}", model=name)
+
+    def unload(self, name: str) -> None:
+        """No longer serve a model; what was admitted is answered. Raises ``serve.unknown_model``."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise PitheadError("serve.unknown_model", f"no model {name[:200]!r} is in the repository")
+        entry.unloaded = True
+        for version in entry.versions.values():
+            self._drop(version)
+            version.state, version.reason = State.UNAVAILABLE, "unloaded"
+            self._tell(version, PitheadError("serve.unknown_model", f"{name} was unloaded", model=name))
+        self._route()
+
+    def _wish(self, name: str) -> Entry | None:
+        """Bring an entry to what the version policy wants of what there is."""
+        there = {c.version: c for c in self._available if c.name == name}
+        if not there:
+            return None
+        entry = self.entries.setdefault(name, Entry(name))
+        wanted = newest(list(there))
+        if self.limits.versions:
+            wanted = wanted[: self.limits.versions]
+        for text in wanted:
+            if text not in entry.versions:
+                entry.versions[text] = Version(there[text])
+        return entry
+
+    def _begin(self, entry: Entry, version: Version) -> "asyncio.Task[PitheadError | None]":
+        if version.loading is None or version.loading.done():
+            if version.live is None:
+                version.state = State.LOADING
+            version.loading = asyncio.create_task(self._load(entry, version))
+            self._tasks.add(version.loading)
+            version.loading.add_done_callback(self._tasks.discard)
+        return version.loading
+
+    async def _load(self, entry: Entry, version: Version) -> PitheadError | None:
+        """Return what went wrong; then what served before goes on."""
+        candidate = version.candidate
+        began = time.monotonic()
+        try:
+            opened, profile, memory = await self._loader.run(lambda: _open(candidate))
+        except PitheadError as error:
+            version.reason = str(error)
+            log.warning("model.not_loaded", extra={"facts": {"model": candidate.name, "why": str(error)}})
+            if version.live is None:
+                version.state = State.UNAVAILABLE
+                self._tell(version, PitheadError("serve.not_ready", f"{candidate.name}: {error}"))
+            return error
+        if entry.unloaded:
+            self._closer.do(opened.session.close)
+            return None
+        policy = version.policy or self.limits.policy
+        if opened.objective_ms is not None and version.policy is None:
+            policy = replace(policy, objective_s=opened.objective_ms / 1000)
+        old = version.live
+        version.live = Live(candidate, opened, profile, policy, memory, version.statistics)
+        version.state, version.reason = State.READY, ""
+        self.loads += 1
+        self._retire_others(entry, version, old)
+        self._make_room(version.live)
+        self._route()
+        facts = {
+            "model": candidate.name,
+            "version": candidate.version,
+            "accelerator": opened.session.accelerator,
+            "runs": "inline" if version.live.runner.inline else "in a thread",
+            "batches": version.live.runner.batches,
+            "run_us": round(profile.run_s * 1e6, 1) if math.isfinite(profile.run_s) else None,
+            "load_s": round(time.monotonic() - began, 3),
+        }
+        log.info("model.serves", extra={"facts": facts})
+        waiting, version.waiting = version.waiting, deque()
+        for request, done in waiting:
+            try:
+                version.live.submit(request, done)
+            except PitheadError as error:
+                done(error)
+        return None
+
+    def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
+        if old is not None:
+            old.retire(self._free)
+        if not self.limits.versions:
+            return
+        for text in newest(list(entry.versions))[self.limits.versions :]:
+            version = entry.versions[text]
+            if version is not new:
+                self._drop(version)
+                del entry.versions[text]
+                self._tell(
+                    version, PitheadError("serve.unknown_model", f"version {text} is not served any more")
+                )
+
+    # ---- leaving
+
+    def _make_room(self, newcomer: Live) -> None:
+        budget = self.limits.memory_bytes
+        if not budget:
+            return
+        lives = [
+            (version.live.last_used_ns, version)
+            for entry in self.entries.values()
+            for version in entry.versions.values()
+            if version.live is not None
+        ]
+        used = sum(v.live.memory_bytes for _, v in lives if v.live is not None)
+        for _, version in sorted(lives, key=lambda pair: pair[0]):
+            live = version.live
+            if used <= budget:
+                break
+            if live is None or live is newcomer or live.in_flight:
+                continue
+            used -= live.memory_bytes
+            self._drop(version)
+            version.state, version.reason = State.IDLE, "not in memory: its next request loads it"
+            self.evictions += 1
+            log.info("model.left_memory", extra={"facts": {"model": version.candidate.name}})
+
+    def _drop(self, version: Version) -> None:
+        live, version.live = version.live, None
+        if live is not None:
+            live.retire(self._free)
+
+    def _free(self, live: Live) -> None:
+        if not live.runner.lost:
+            self._closer.do(live.opened.session.close)
+
+    def _tell(self, version: Version, error: PitheadError) -> None:
+        waiting, version.waiting = version.waiting, deque()
+        for _, done in waiting:
+            done(error)
+
+    def _route(self) -> None:
+        routes: dict[tuple[str, str], Live] = {}
+        for entry in self.entries.values():
+            if entry.unloaded:
+                continue
+            for text, version in entry.versions.items():
+                if version.live is not None:
+                    routes[entry.name, text] = version.live
+            default = entry.default
+            if default is not None and default.live is not None:
+                routes[entry.name, ""] = default.live
+        self.routes = routes
+
+    # ---- housekeeping
+
+    def tick(self) -> None:
+        """Look at deadlines and hung runs; call it a few times a second."""
+        now = time.monotonic_ns()
+        lost = False
+        for entry in self.entries.values():
+            for version in entry.versions.values():
+                live = version.live
+                if live is None or not live.runner.busy:
+                    continue
+                live.runner.tick(now)
+                if live.runner.lost:
+                    version.live, version.state = None, State.UNAVAILABLE
+                    version.reason = "a run of it hangs; load it again"
+                    lost = True
+        if lost:
+            self._route()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight; return whether that happened in time."""
+        end = time.monotonic() + timeout_s
+        while any(live.in_flight for live in self.routes.values()):
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """End loading; sessions go with the process."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def _open(candidate: Candidate) -> tuple[Opened, Profile, int]:
+    before = _rss()
+    opened = candidate.open()
+    profile = warm_up(opened.session, opened.inputs)
+    return opened, profile, max(opened.bytes, _rss() - before)
+
+
+def _rss() -> int:
+    pages = Path("/proc/self/statm").read_bytes().split()[1]
+    return int(pages) * 4096

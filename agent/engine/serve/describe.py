@@ -1,0 +1,157 @@
+"""What the protocol's documents say of a server and its models: values, as they are encoded."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from msgspec import Struct
+
+from agent.engine.serve.served import Live
+from agent.engine.serve.statistics import Statistics
+from contract.manifest import TensorSpec
+
+SERVER_NAME: Final = "pithead"
+EXTENSIONS: Final = (
+    "classification",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "model_configuration",
+    "system_shared_memory",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+)
+_TYPES: Final[Mapping[str, str]] = {"BYTES": "TYPE_STRING"}
+
+
+class ServerMetadata(Struct, frozen=True):
+    """``GET v2``."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class TensorMetadata(Struct, frozen=True):
+    """An input or output of a model."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ModelMetadata(Struct, frozen=True):
+    """``GET v2/models/{m}``."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+
+
+class IndexEntry(Struct, frozen=True):
+    """A line of the repository's index."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+def model_metadata(live: Live, versions: tuple[str, ...]) -> ModelMetadata:
+    """Return what clients need to ask a model."""
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> tuple[TensorMetadata, ...]:
+        return tuple(TensorMetadata(s.name, s.datatype, s.shape) for s in specs)
+
+    return ModelMetadata(
+        live.candidate.name,
+        versions,
+        live.candidate.platform,
+        tensors(live.opened.inputs),
+        tensors(live.opened.outputs),
+    )
+
+
+def model_config(live: Live) -> dict[str, Any]:
+    """Return the configuration in the form of Triton's ``ModelConfig``, which its clients read.
+
+    With batching the first dimension is not among ``dims``, as there.
+    """
+    batches = live.runner.batches
+    policy = live.policy
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": s.name,
+                "data_type": _TYPES.get(s.datatype, f"TYPE_{s.datatype}"),
+                "dims": list(s.shape[1:] if batches else s.shape),
+            }
+            for s in specs
+        ]
+
+    config: dict[str, Any] = {
+        "name": live.candidate.name,
+        "platform": live.candidate.platform,
+        "backend": live.candidate.platform.partition("_")[0],
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": policy.max_batch if batches else 0,
+        "input": tensors(live.opened.inputs),
+        "output": tensors(live.opened.outputs),
+        "instance_group": [{"name": live.candidate.name, "kind": "KIND_CPU", "count": 1}],
+        "parameters": {
+            "accelerator": {"string_value": live.opened.session.accelerator},
+            "runtime": {"string_value": live.opened.session.runtime},
+            "runs": {"string_value": "inline" if live.runner.inline else "in a thread"},
+        },
+    }
+    if batches:
+        config["dynamic_batching"] = {
+            "preferred_batch_size": list(policy.preferred),
+            "max_queue_delay_microseconds": policy.max_delay_us,
+            "default_queue_policy": {
+                "timeout_action": "REJECT",
+                "default_timeout_microseconds": round(policy.timeout_s * 1e6),
+                "max_queue_size": policy.max_queue,
+            },
+        }
+    return config
+
+
+def model_statistics(name: str, version: str, s: Statistics, last_ms: int) -> dict[str, Any]:
+    """Return one element of ``model_stats``."""
+
+    def duration(count: int, ns: int) -> dict[str, int]:
+        return {"count": count, "ns": ns}
+
+    n = s.successes
+    return {
+        "name": name,
+        "version": version,
+        "last_inference": last_ms,
+        "inference_count": s.rows,
+        "execution_count": s.executions,
+        "inference_stats": {
+            "success": duration(n, s.total_ns),
+            "fail": duration(s.failures, s.failures_ns),
+            "queue": duration(n, s.queue_ns),
+            "compute_input": duration(n, s.input_ns),
+            "compute_infer": duration(n, s.infer_ns),
+            "compute_output": duration(n, s.output_ns),
+            "cache_hit": duration(0, 0),
+            "cache_miss": duration(0, 0),
+        },
+        "batch_stats": [
+            {
+                "batch_size": rows,
+                "compute_input": duration(runs, 0),
+                "compute_infer": duration(runs, ns),
+                "compute_output": duration(runs, 0),
+            }
+            for rows, (runs, ns) in sorted(s.batches.items())
+        ],
+    }

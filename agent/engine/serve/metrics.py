@@ -1,0 +1,132 @@
+"""Prometheus' text form of what is counted anyway: nothing is computed until somebody asks.
+
+Names and types follow https://prometheus.io/docs/practices/naming/.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from agent.engine.serve.catalogue import Version
+from agent.engine.serve.http import Server
+from agent.engine.serve.served import Live
+from agent.engine.serve.service import Service
+from agent.engine.serve.statistics import BOUNDS_US
+
+_GAUGES: Final[tuple[tuple[str, str, Callable[[Live], int]], ...]] = (
+    ("pithead_model_loaded", "1 while a session is in memory.", lambda _: 1),
+    ("pithead_model_waiting", "Requests that wait for a run.", lambda live: live.runner.waiting),
+    ("pithead_model_in_flight", "Requests that are not answered.", lambda live: live.in_flight),
+    (
+        "pithead_model_batch_limit",
+        "Rows that may run together just now.",
+        lambda live: live.runner.batch_limit,
+    ),
+    ("pithead_model_memory_bytes", "Measured when it was loaded.", lambda live: live.memory_bytes),
+)
+
+
+def render(service: Service, server: Server) -> bytes:
+    """Return the page."""
+    return ("\n".join([*_models(service), *_process(service), *_http(server)]) + "\n").encode()
+
+
+def _head(name: str, kind: str, words: str) -> tuple[str, str]:
+    return f"# HELP {name} {words}", f"# TYPE {name} {kind}"
+
+
+def _models(service: Service) -> Iterator[str]:
+    versions = _versions(service)
+    yield from _counters(versions)
+    yield from _histogram(versions)
+    yield from _gauges(versions)
+
+
+def _versions(service: Service) -> list[tuple[str, Version]]:
+    return [
+        (f'model="{_escaped(v.candidate.name)}",version="{_escaped(v.candidate.version)}"', v)
+        for entry in service.catalogue.entries.values()
+        for v in entry.versions.values()
+    ]
+
+
+def _counters(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
+    yield from _head("pithead_inference_requests_total", "counter", "Requests by outcome.")
+    for labels, v in versions:
+        s = v.statistics
+        for outcome, count in (("success", s.successes), ("failure", s.failures), ("refused", s.refused)):
+            yield f'pithead_inference_requests_total{{{labels},outcome="{outcome}"}} {count}'
+    for name, words, attribute in (
+        ("pithead_inferences_total", "Inferences; a batch of n counts n times.", "rows"),
+        ("pithead_inference_runs_total", "Runs of the model.", "executions"),
+    ):
+        yield from _head(name, "counter", words)
+        for labels, v in versions:
+            yield f"{name}{{{labels}}} {getattr(v.statistics, attribute)}"
+    yield from _head("pithead_inference_seconds_total", "counter", "Time of answered requests, by part.")
+    for labels, v in versions:
+        s = v.statistics
+        for part, ns in (
+            ("queue", s.queue_ns),
+            ("input", s.input_ns),
+            ("infer", s.infer_ns),
+            ("output", s.output_ns),
+        ):
+            yield f'pithead_inference_seconds_total{{{labels},part="{part}"}} {ns * 1e-9:.9f}'
+
+
+def _histogram(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
+    name = "pithead_inference_duration_seconds"
+    yield from _head(name, "histogram", "From request to answer, without the protocol.")
+    for labels, v in versions:
+        total = 0
+        for bound, count in zip(BOUNDS_US, v.statistics.histogram, strict=False):
+            total += count
+            yield f'{name}_bucket{{{labels},le="{bound / 1e6:g}"}} {total}'
+        yield f'{name}_bucket{{{labels},le="+Inf"}} {v.statistics.successes}'
+        yield f"{name}_sum{{{labels}}} {v.statistics.total_ns * 1e-9:.9f}"
+        yield f"{name}_count{{{labels}}} {v.statistics.successes}"
+
+
+def _gauges(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
+    for name, words, value in _GAUGES:
+        yield from _head(name, "gauge", words)
+        for labels, v in versions:
+            yield f"{name}{{{labels}}} {0 if v.live is None else value(v.live)}"
+
+
+def _process(service: Service) -> Iterator[str]:
+    times = os.times()
+    rss = int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for name, kind, words, value in (
+        ("pithead_model_loads_total", "counter", "Sessions that were opened.", service.catalogue.loads),
+        (
+            "pithead_model_evictions_total",
+            "counter",
+            "Sessions that left for others.",
+            service.catalogue.evictions,
+        ),
+        ("process_cpu_seconds_total", "counter", "CPU time.", round(times.user + times.system, 2)),
+        ("process_resident_memory_bytes", "gauge", "Memory.", rss),
+        ("process_open_fds", "gauge", "Open files.", sum(1 for _ in Path("/proc/self/fd").iterdir())),
+        ("process_start_time_seconds", "gauge", "Unix time.", round(service.started, 3)),
+        ("pithead_uptime_seconds", "gauge", "Time since then.", round(time.time() - service.started, 3)),
+    ):
+        yield from _head(name, kind, words)
+        yield f"{name} {value}"
+
+
+def _http(server: Server) -> Iterator[str]:
+    yield from _head("pithead_http_responses_total", "counter", "Answers by status.")
+    for status, count in sorted(server.statuses.items()):
+        yield f'pithead_http_responses_total{{code="{status}"}} {count}'
+    yield from _head("pithead_http_connections", "gauge", "Open connections.")
+    yield f"pithead_http_connections {len(server.connections)}"
+    yield from _head("pithead_http_connections_refused_total", "counter", "Connections beyond the limit.")
+    yield f"pithead_http_connections_refused_total {server.turned_away}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,0 +1,299 @@
+"""Where and when a model runs: at once on the event loop, or in a thread of its own; alone or in batches.
+
+A thread costs two switches, some 50 us; a small model less than ten. So what
+was measured to be short runs *inline*, on the loop, and everything else in
+one *worker* thread for each session, since a session is not made for two.
+
+Batching is opportunistic. Inline, the requests that came in one turn of the
+loop run together at its end; in the worker, those that came while it was
+busy. Neither ever waits when there is nobody to wait for (``max_delay_us``
+can ask for it). What cannot be run in time is refused at once.
+
+All methods belong to the loop's thread.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from bisect import insort
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from msgspec import Struct
+
+from agent.engine.serve.aimd import BatchLimit
+from agent.engine.serve.jobs import Job, Outputs, Result, Worker, cut, run_batch
+from contract.errors import PitheadError
+from inference.session import Session
+
+log = logging.getLogger(__name__)
+
+INLINE_S: Final = 200e-6
+"""Up to this much a run may take on the loop."""
+INLINE_BATCH_S: Final = 1e-3
+"""And a batch of them."""
+LONELY: Final = 8
+"""After so many turns with one request each, inline runs are not put off to the turn's end..."""
+LONELY_FOR: Final = 32
+"""...for so many requests."""
+_SMOOTH: Final = 0.1
+_NS: Final = 1e-9
+
+
+class Policy(Struct, frozen=True):
+    """What a model's runs may take, and how much may wait for them."""
+
+    max_batch: int = 64
+    """Rows; 1 does not batch."""
+    objective_s: float = 0.1
+    """A batch is to take no longer."""
+    preferred: tuple[int, ...] = ()
+    """Batch sizes that are worth cutting to, where so many wait."""
+    max_delay_us: int = 0
+    """How long a request may be kept for the sake of a larger batch."""
+    max_queue: int = 512
+    """Requests that may wait."""
+    max_wait_s: float = 1.0
+    """A request is refused when those before it are expected to take longer."""
+    timeout_s: float = 30.0
+    """From the request to its answer."""
+    hang_s: float = 60.0
+    """A run that takes longer has hung, and its session is lost."""
+
+
+class Profile(Struct, frozen=True):
+    """What warm-up measured of a session."""
+
+    run_s: float
+    """Median of one row; infinite where it could not be run."""
+    batches: bool = False
+    """Rows do not depend on each other, and running eight together pays."""
+    batch_s: float = 0.0
+    """Median of eight rows at once."""
+
+
+Finish: TypeAlias = Callable[[Job, "Outputs | PitheadError", int, int], None]
+"""job, outputs or error, start and end of its run in ns of the monotonic clock."""
+Ran: TypeAlias = Callable[[int, int], None]
+"""rows of one run, and its ns."""
+
+
+class Runner:
+    """Runs one session."""
+
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        profile: Profile,
+        policy: Policy,
+        finish: Finish,
+        ran: Ran,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._ran = ran
+        self._name, self._session, self._policy = name, session, policy
+        self._finish, self._loop = finish, loop
+        self.inline = profile.run_s <= INLINE_S
+        self.batches = profile.batches and policy.max_batch > 1
+        self._row_s = profile.run_s if math.isfinite(profile.run_s) else 0.0
+        self._limit = BatchLimit(policy.objective_s, policy.max_batch if self.batches else 1)
+        self._queue: list[Job] = []
+        self._queued_rows = 0
+        self._flush_at: asyncio.Handle | None = None
+        self._lonely = 0
+        self._worker: Worker | None = None
+        self._running: dict[int, tuple[list[Job], int]] = {}
+        self._batch_number = 0
+        self.lost = False
+        """A run has hung: nothing runs here any more, and the session cannot be closed."""
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any job waits or runs."""
+        return bool(self._queue or self._running)
+
+    @property
+    def batch_limit(self) -> int:
+        """Rows that may run together just now."""
+        return self._limit.rows
+
+    def submit(self, job: Job) -> None:
+        """Run ``job`` and call ``finish``, perhaps before this returns.
+
+        Raises ``serve.overloaded`` when it cannot begin in time.
+        """
+        queue_ = self._queue
+        short = self.inline and not self._running and job.rows * self._row_s <= INLINE_BATCH_S
+        if short and not queue_ and (not self.batches or self._alone()):
+            self._run_inline([job])
+            return
+        if queue_:
+            self._admit(job)
+        job.queued = time.monotonic_ns()
+        if not queue_ or queue_[-1].priority <= job.priority:
+            queue_.append(job)
+        else:
+            insort(queue_, job, key=_priority)
+        self._queued_rows += job.rows
+        if self._running:
+            self._prefetch()
+        elif self._flush_at is None:
+            self._flush_soon()
+
+    def tick(self, now: int) -> None:
+        """Tell those whose time is over, and find out whether a run hangs; call it a few times a second."""
+        if self._queue:
+            late = [job for job in self._queue if job.deadline < now]
+            if late:
+                self._queue = [job for job in self._queue if job.deadline >= now]
+                self._queued_rows = sum(job.rows for job in self._queue)
+                for job in late:
+                    self._refuse(job, PitheadError("serve.timeout", "it did not begin in time"))
+        if not self._running:
+            return
+        for number, (jobs, start) in list(self._running.items()):
+            if jobs and all(job.deadline < now for job in jobs):
+                self._running[number] = ([], start)
+                for job in jobs:
+                    self._refuse(job, PitheadError("serve.timeout", "it was not ready in time"))
+        if now - min(start for _, start in self._running.values()) > self._policy.hang_s * 1e9:
+            self._lose()
+
+    def close(self) -> None:
+        """End the worker's thread after what it runs; the session is the caller's to close."""
+        if self._worker is not None:
+            self._worker.stop()
+
+    # ---- inline
+
+    def _alone(self) -> bool:
+        """Whether it is not worth the wait to see if another request comes in this turn."""
+        if self._lonely < LONELY:
+            return False
+        self._lonely += 1
+        if self._lonely > LONELY + LONELY_FOR:
+            self._lonely = LONELY - 1
+        return True
+
+    def _flush_soon(self) -> None:
+        delay_us = self._policy.max_delay_us
+        if delay_us and self.batches:
+            self._flush_at = self._loop.call_later(delay_us * 1e-6, self._flush)
+        else:
+            self._flush_at = self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_at = None
+        if len(self._queue) > 1:
+            self._lonely = 0
+        else:
+            self._lonely += 1
+        while self._queue and not self._running:
+            batch = self._cut()
+            if not batch:
+                continue
+            rows = sum(job.rows for job in batch)
+            if self.inline and rows * self._row_s <= INLINE_BATCH_S:
+                self._run_inline(batch)
+            else:
+                self._hand_over(batch)
+                self._prefetch()
+
+    def _run_inline(self, batch: list[Job]) -> None:
+        start = time.monotonic_ns()
+        result = run_batch(self._session, batch)
+        self._deliver(batch, result, start, time.monotonic_ns())
+
+    # ---- worker
+
+    def _hand_over(self, batch: list[Job]) -> None:
+        if self._worker is None:
+            self._worker = Worker(self._name, self._session, self._loop, self._returned)
+        self._batch_number += 1
+        self._running[self._batch_number] = (batch, time.monotonic_ns())
+        self._worker.put(self._batch_number, batch)
+
+    def _prefetch(self) -> None:
+        """Give the worker its next batch while it runs one, if that batch would not grow by waiting."""
+        if len(self._running) == 1 and self._queue:
+            full = not self.batches or self._queued_rows >= self._limit.rows
+            if full and (batch := self._cut()):
+                self._hand_over(batch)
+
+    def _returned(self, number: int, result: Result, start: int, end: int) -> None:
+        batch, _ = self._running.pop(number)
+        if self.lost:
+            return
+        for n, (jobs, _) in self._running.items():
+            self._running[n] = (jobs, end)
+        if batch:
+            self._deliver(batch, result, start, end)
+        if not self._queue:
+            return
+        if self._running:
+            self._prefetch()
+        else:
+            self._flush()
+
+    def _lose(self) -> None:
+        self.lost = True
+        hung = PitheadError("serve.model_lost", f"a run takes more than {self._policy.hang_s} s")
+        jobs = [job for batch, _ in self._running.values() for job in batch] + self._queue
+        self._queue, self._queued_rows, self._running = [], 0, {}
+        log.error("model.hangs", extra={"facts": {"model": self._name, "requests": len(jobs)}})
+        for job in jobs:
+            self._refuse(job, hung)
+
+    # ---- both
+
+    def _admit(self, job: Job) -> None:
+        policy = self._policy
+        if len(self._queue) >= policy.max_queue:
+            raise PitheadError("serve.overloaded", f"{len(self._queue)} requests wait", retry_after_s=1)
+        wait = self._queued_rows * self._row_s
+        if wait > policy.max_wait_s and job.priority >= self._queue[0].priority:
+            raise PitheadError("serve.overloaded", f"it would wait for {wait:.3f} s", retry_after_s=wait)
+
+    def _cut(self) -> list[Job]:
+        now = time.monotonic_ns()
+        waiting = self._queue
+        if len(waiting) == 1:
+            batch = waiting
+            self._queue = []
+        else:
+            batch = cut(waiting, self._limit.rows if self.batches else 1, self._policy.preferred)
+            taken = set(map(id, batch))
+            self._queue = [job for job in waiting if id(job) not in taken]
+        self._queued_rows -= sum(job.rows for job in batch)
+        alive = [job for job in batch if job.deadline >= now]
+        if len(alive) != len(batch):
+            for job in batch:
+                if job.deadline < now:
+                    self._refuse(job, PitheadError("serve.timeout", "it did not begin in time"))
+            return alive
+        return batch
+
+    def _deliver(self, batch: list[Job], result: Result, start: int, end: int) -> None:
+        rows = batch[0].rows if len(batch) == 1 else sum(job.rows for job in batch)
+        seconds = (end - start) * _NS
+        self._row_s += _SMOOTH * (seconds / (rows or 1) - self._row_s)
+        if self.batches:
+            self._limit.saw(rows, seconds)
+        self._ran(rows, end - start)
+        for job, outputs in zip(batch, result, strict=True):
+            self._finish(job, outputs, start, end)
+
+    def _refuse(self, job: Job, error: PitheadError) -> None:
+        now = time.monotonic_ns()
+        self._finish(job, error, now, now)
+
+
+def _priority(job: Job) -> int:
+    return job.priority

@@ -1,0 +1,199 @@
+"""One version of a model, from the moment that it is known to the moment that its session is freed."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, TypeAlias
+
+import numpy as np
+
+from agent.engine.serve import tensors
+from agent.engine.serve.jobs import Job, Outputs
+from agent.engine.serve.opening import Opened
+from agent.engine.serve.repository import Candidate
+from agent.engine.serve.requests import InferRequest, InferResponse
+from agent.engine.serve.runner import Policy, Profile, Runner
+from agent.engine.serve.statistics import Statistics
+from contract.errors import PitheadError
+from contract.manifest import TensorSpec
+from inference.arithmetic import dequantise, quantise
+from inference.session import Array
+
+Done: TypeAlias = Callable[[InferResponse | PitheadError], None]
+
+REAL: Final = np.dtype(np.float32)
+
+
+class _Input:
+    """What is needed to check an input quickly."""
+
+    __slots__ = ("datatype", "dtype", "shape", "spec")
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.datatype = spec.datatype
+        self.dtype = tensors.DTYPE[spec.datatype]
+        self.shape = spec.shape
+
+
+class Live:
+    """A session that serves: admits requests, hands them to its runner, makes answers of outputs.
+
+    On the loop's thread only.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        opened: Opened,
+        profile: Profile,
+        policy: Policy,
+        memory_bytes: int,
+        statistics: Statistics,
+    ) -> None:
+        self.candidate, self.opened, self.profile, self.policy = candidate, opened, profile, policy
+        self.memory_bytes = memory_bytes
+        self.statistics = statistics
+        self.last_used_ns = time.monotonic_ns()
+        loop = asyncio.get_running_loop()
+        self.runner = Runner(
+            candidate.name, opened.session, profile, policy, self._finished, statistics.ran, loop
+        )
+        self.in_flight = 0
+        self._retired: Callable[[Live], None] | None = None
+        self._inputs = {spec.name: _Input(spec) for spec in opened.inputs}
+        self._outputs = {spec.name: spec for spec in opened.outputs}
+        self._quantised = {s.name: s for s in opened.outputs if s.scale is not None}
+        self._timeout_ns = round(policy.timeout_s * 1e9)
+        open_rest = any(-1 in spec.shape[1:] for spec in opened.inputs)
+        self._one_shape = self.runner.batches and not open_rest
+
+    def retire(self, then: Callable[["Live"], None]) -> None:
+        """Call ``then`` when the last request that was admitted is answered; admits none after this."""
+        self._retired = then
+        self._drained()
+
+    def submit(self, request: InferRequest, done: Done) -> None:
+        """Answer ``request`` through ``done``, once, perhaps before this returns.
+
+        Raises ``serve.bad_request`` and ``serve.overloaded`` instead where that is known at once.
+        """
+        began = time.monotonic_ns()
+        inputs, rows, key, real = self._check(request)
+        wanted = self._wanted(request)
+        timeout = request.timeout_us * 1000 if request.timeout_us else self._timeout_ns
+        job = Job(inputs, rows, key, request.priority, began + timeout, (request, wanted, real, done, began))
+        self.in_flight += 1
+        self.last_used_ns = began
+        try:
+            self.runner.submit(job)
+        except PitheadError:
+            self.in_flight -= 1
+            self.statistics.refused += 1
+            self._drained()
+            raise
+
+    def _check(self, request: InferRequest) -> tuple[dict[str, Array], int, Any, bool]:
+        """Return the inputs as the session takes them, rows, batch key, and whether they were real values."""
+        given, known = request.inputs, self._inputs
+        if given.keys() != known.keys():
+            self._wrong_names(given)
+        inputs, real = given, False
+        for name, wanted in known.items():
+            array = given[name]
+            if array.shape != wanted.shape and not _fits(array.shape, wanted.shape):
+                raise tensors.refuse(
+                    f"input {name!r}: shape",
+                    f"{list(array.shape)} does not fit the model's {list(wanted.shape)}",
+                )
+            if array.dtype is not wanted.dtype and array.dtype != wanted.dtype:
+                if inputs is given:
+                    inputs = dict(given)
+                inputs[name] = _quantised(name, array, wanted)
+                real = True
+        if not self.runner.batches:
+            return inputs, 1, None, real
+        shapes = [array.shape for array in given.values()]
+        rows = shapes[0][0]
+        if any(shape[0] != rows for shape in shapes):
+            raise tensors.refuse("inputs", f"have different batch sizes: {[s[0] for s in shapes]}")
+        if rows == 0:
+            return inputs, 1, None, real
+        return inputs, rows, () if self._one_shape else tuple(shape[1:] for shape in shapes), real
+
+    def _wrong_names(self, given: dict[str, Array]) -> NoReturn:
+        wanted = list(self._inputs)
+        missing = [name for name in wanted if name not in given]
+        unknown = [name[:100] for name in given if name not in self._inputs]
+        said = [f"{missing[0]!r} is missing"] if missing else []
+        said += [f"{unknown[0]!r} is no input"] if unknown else []
+        raise tensors.refuse("inputs", f"{', '.join(said)}; the model's are {wanted}")
+
+    def _wanted(self, request: InferRequest) -> tuple[str, ...] | None:
+        if not request.outputs:
+            return None
+        for output in request.outputs:
+            if output.name not in self._outputs:
+                raise tensors.refuse(
+                    "outputs", f"{output.name[:100]!r} is no output; the model's are {list(self._outputs)}"
+                )
+        return tuple(output.name for output in request.outputs)
+
+    def _finished(self, job: Job, result: Outputs | PitheadError, start: int, end: int) -> None:
+        request, wanted, real, done, began = job.context
+        statistics = self.statistics
+        if isinstance(result, PitheadError):
+            statistics.failed(end - began)
+            answer: InferResponse | PitheadError = result
+        else:
+            outputs = result if wanted is None else {name: result[name] for name in wanted}
+            if real and self._quantised:
+                outputs = {
+                    name: dequantise(array, self._quantised[name]) if name in self._quantised else array
+                    for name, array in outputs.items()
+                }
+            candidate = self.candidate
+            answer = InferResponse(candidate.name, candidate.version, outputs, request.id)
+            queued = job.queued
+            now = time.monotonic_ns()
+            statistics.succeeded(
+                job.rows,
+                start - queued if queued else 0,
+                (queued or start) - began,
+                end - start,
+                now - end,
+            )
+        self.in_flight -= 1
+        try:
+            done(answer)
+        finally:
+            if self._retired is not None:
+                self._drained()
+
+    def _drained(self) -> None:
+        if self._retired is not None and self.in_flight == 0:
+            then, self._retired = self._retired, None
+            self.runner.close()
+            then(self)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for a, b in zip(shape, wanted, strict=True):  # noqa: SIM110 - a generator costs more than the loop
+        if b not in (-1, a):
+            return False
+    return True
+
+
+def _quantised(name: str, array: Array, wanted: _Input) -> Array:
+    """Return real values as the integers that the model takes; raises ``serve.bad_request``."""
+    if wanted.spec.scale is None or array.dtype != REAL:
+        also = "" if wanted.spec.scale is None else ", or real values as FP32"
+        raise tensors.refuse(
+            f"input {name!r}: datatype",
+            f"{tensors.DATATYPE.get(array.dtype)}, the model takes {wanted.datatype}{also}",
+        )
+    if not np.isfinite(array).all():
+        raise tensors.refuse(f"input {name!r}", "has NaN or infinity, which have no integer")
+    return quantise(array, wanted.spec)

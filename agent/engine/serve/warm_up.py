@@ -1,0 +1,82 @@
+"""Run a new session before anybody waits for it: it becomes fast, and shows what it is like.
+
+Whether rows may be batched is not something that a model says. It is tried:
+eight random rows at once must give what they give one by one, and must take
+less time than that. A model that fails either is never batched.
+"""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+from agent.engine.serve.made_up import made_up
+from agent.engine.serve.runner import Profile
+from contract.errors import PitheadError
+from contract.manifest import TensorSpec
+from inference.session import Array, Session
+
+ROWS: Final = 8
+PAYS: Final = 0.8
+"""Eight rows at once are worth it when they take less than this share of eight single ones."""
+MAX_RUNS: Final = 30
+ENOUGH_S: Final = 0.1
+_ATOL: Final = 1e-4
+_RTOL: Final = 1e-3
+
+
+def warm_up(session: Session, specs: Sequence[TensorSpec]) -> Profile:
+    """Return what was measured. Never raises: a model that zeros do not suit may still be right."""
+    try:
+        run_s = _time(session, [made_up(specs, 1)])
+    except PitheadError:
+        return Profile(float("inf"))
+    if not _open_first(specs) or not _open_first(session.outputs):
+        return Profile(run_s)
+    try:
+        singles = _time(session, [made_up(specs, ROWS), made_up(specs, 1)])
+        if singles > PAYS * (ROWS + 1) * run_s or not _independent(session, specs):
+            return Profile(run_s)
+        return Profile(run_s, batches=True, batch_s=max(0.0, singles - run_s))
+    except PitheadError:
+        return Profile(run_s)
+
+
+def _open_first(specs: Sequence[TensorSpec]) -> bool:
+    return all(spec.shape[:1] == (-1,) for spec in specs)
+
+
+def _time(session: Session, feeds: Sequence[dict[str, Array]]) -> float:
+    """Return the median time of all feeds, one after the other: another shape may cost a new allocation."""
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < MAX_RUNS and (len(times) < 3 or time.perf_counter() - began < ENOUGH_S):  # noqa: PLR2004
+        start = time.perf_counter()
+        for feed in feeds:
+            session.run(feed)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _independent(session: Session, specs: Sequence[TensorSpec]) -> bool:
+    feed = made_up(specs, ROWS, random=True)
+    together = session.run(feed)
+    for i in range(ROWS):
+        alone = session.run({name: array[i : i + 1] for name, array in feed.items()})
+        for name, array in together.items():
+            if len(array) != ROWS or not _close(array[i : i + 1], alone[name]):
+                return False
+    return True
+
+
+def _close(a: Array, b: Array) -> bool:
+    if a.shape != b.shape:
+        return False
+    if a.dtype.kind == "f":
+        return bool(np.allclose(a, b, rtol=_RTOL, atol=_ATOL, equal_nan=True))
+    if a.dtype.kind in "iu" and a.dtype.itemsize == 1:
+        # Quantised: kernels may differ by a step.
+        return bool((np.abs(a.astype(np.int32) - b.astype(np.int32)) <= 1).all())
+    return bool((a == b).all())
