@@ -246,7 +246,7 @@ class Supervisor:
         self._world.take(result, event.etag)
         self._reporter.update_error, self._refused_at = None, None
         self._parts.poller.judged(event.etag)
-        self._collect = True
+        self._collect, self._snapshot_at = True, 0.0
         facts = {"revision": result.revision, "models": len(result.models)}
         log.info("desired.taken", extra={"facts": facts})
 
@@ -277,7 +277,7 @@ class Supervisor:
                 # A task that has just begun may end before the next turn.
                 self._reporter.receipts(self._observed, children.running)
                 break
-            self._collect = True
+            self._collect, self._snapshot_at = True, 0.0
         self._intake.watch()
         self._intake.configure()
         self._reporter.reported(self._observed)

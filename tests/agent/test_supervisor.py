@@ -52,13 +52,13 @@ class Site:
         self.plant.pithead("release", "--key", key, package, releaser=True)
         return package
 
-    def order(self, device: str, *wanted: tuple[str, dict[str, Any]]) -> None:
+    def order(self, device: str, *wanted: tuple[str, dict[str, Any]], reporting: Reporting = FAST) -> None:
         """Want versions of the model on a device."""
         with self.database.transaction() as tx:
             models: Sequence[ModelAssignment] = [
                 replace(assignment(tx, "shuttle", version), **more) for version, more in wanted
             ]
-            desired.change(tx, device, lambda d: replace(d, models=tuple(models), reporting=FAST))
+            desired.change(tx, device, lambda d: replace(d, models=tuple(models), reporting=reporting))
 
     def receipts(self, device: str) -> list[tuple[str, str, str | None]]:
         """Return (version, state, code) of a device's receipts as the control plane stored them."""
@@ -78,12 +78,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     plant.start()
     database = Database(f"sqlite:///{plant.data_dir / 'pithead.db'}")
     found = Site(plant, database)
-    channels = [{"name": f"missing{i}"} for i in range(9)]
     try:
         found.publish(directory, "1.0.0", 1)
         found.publish(directory, "2.0.0", 2)
         pipeline = json.loads((SHIPPED / "manifest.json").read_bytes())["pipeline"]
-        found.publish(directory, "3.0.0", 3, reference=None, pipeline=pipeline | {"channels": channels})
+        # Nine values as before, of which only three come at once: not what the lanes' sources are set up for.
+        three = {name: pipeline[name][:3] for name in ("channels", "mean", "scale")} | {"window": 3}
+        found.publish(directory, "3.0.0", 3, reference=None, pipeline=pipeline | three)
         yield found
     finally:
         database.close()
@@ -105,6 +106,7 @@ class Device:
         config.write_text(
             '[server]\npoll_s = 0.5\n[[lanes]]\nname = "line"\nmodel = "shuttle"\n'
             f'[lanes.source]\nkind = "replay"\npath = "{recording}"\nrate_hz = 100.0\n'
+            f"columns = {[f'f{i}' for i in range(1, 10)]}\n"
         )
 
     def agent(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -269,7 +271,7 @@ def test_an_engine_that_dies_during_a_trial_brings_the_last_good_back(
     site: Site, serving: Device, wait_until: Wait
 ):
     device = serving
-    site.order(device.id, ("2.0.0", {"attempt": 1}))
+    site.order(device.id, ("2.0.0", {"attempt": 1}), reporting=replace(FAST, trial_s=15.0))
     wait_until(lambda: device.slots().get("trial"), "the trial")
     digest = device.slots()["trial"]["installed"]["digest"]
     wait_until(
