@@ -11,9 +11,7 @@ pace. A message that cannot be used counts as a missing sample.
 import logging
 import ssl
 import threading
-import tomllib
 from collections import deque
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -25,6 +23,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, settings
+from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
 from contract.manifest import Pipeline
 
@@ -64,13 +63,6 @@ class MqttSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 SETTINGS: Final = MqttSettings
-
-
-class Credentials(Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands in ``credentials_file``."""
-
-    username: str
-    password: str
 
 
 class Rows:
@@ -182,8 +174,8 @@ class MqttSource:
         if given.tls:
             self._client.tls_set_context(_tls(given))
         if given.credentials_file is not None:
-            credentials = _credentials(given.credentials_file)
-            self._client.username_pw_set(credentials.username, credentials.password)
+            login = credentials(given.credentials_file)
+            self._client.username_pw_set(login.username, login.password)
         self._thread = threading.Thread(target=self._serve, name="mqtt-source", daemon=True)
         self._thread.start()
 
@@ -290,18 +282,3 @@ def _tls(given: MqttSettings) -> ssl.SSLContext:
             "source.failed", f"lanes.source: ca_file, certificate_file or key_file: {error}"
         ) from error
     return context
-
-
-def _credentials(path: str) -> Credentials:
-    try:
-        return msgspec.convert(tomllib.loads(Path(path).read_text(encoding="utf-8")), Credentials)
-    except OSError as error:
-        raise PitheadError("source.failed", f"lanes.source.credentials_file: {error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-        # The words of a parser could show the password; its kind is enough.
-        raise PitheadError(
-            "config.invalid",
-            f"lanes.source.credentials_file {path} is not TOML with username and password "
-            f"({type(error).__name__})",
-            key="credentials_file",
-        ) from None
