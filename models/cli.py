@@ -17,6 +17,7 @@ from inference.probing import DEFAULT_LIMITS, Limits
 from models import package, shipped
 
 app = typer.Typer(
+    add_completion=False,
     name="models",
     help="Build, look at and check model packages.",
     no_args_is_help=True,

@@ -9,7 +9,9 @@ import typer
 from contract.errors import PitheadError
 from provisioning import keys
 
-keys_app = typer.Typer(name="keys", help="Signing keys: hold the ceremony, look at its result.")
+keys_app = typer.Typer(
+    add_completion=False, name="keys", help="Signing keys: hold the ceremony, look at its result."
+)
 
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="PITHEAD_DATA_DIR", help="Data directory.")]
 Offline = Annotated[

@@ -18,7 +18,10 @@ from simulator.processes import SimulatorError
 PLAIN_WIDTH: Final = 140
 
 demo_app = typer.Typer(
-    name="demo", help="The main job on this machine, told as a story.", invoke_without_command=True
+    add_completion=False,
+    name="demo",
+    help="The main job on this machine, told as a story.",
+    invoke_without_command=True,
 )
 
 

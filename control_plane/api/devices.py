@@ -65,11 +65,18 @@ def router(devices: Devices) -> APIRouter:
         group: str | None = None,
         state: Annotated[str | None, Query(pattern="^(active|revoked)$")] = None,
         online: Annotated[bool | None, Query()] = None,
+        name: Annotated[str | None, Query(max_length=64)] = None,
         cursor: str = "",
         limit: Limit = 100,
     ) -> Page[DeviceView]:
         found = devices.page(
-            labels=parse_labels(label), group=group, state=state, online=online, after=cursor, limit=limit
+            labels=parse_labels(label),
+            group=group,
+            state=state,
+            online=online,
+            name=name,
+            after=cursor,
+            limit=limit,
         )
         return page([_view(record) for record in found], limit, lambda view: view.id)
 

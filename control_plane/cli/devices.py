@@ -2,6 +2,7 @@
 
 import time
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
@@ -11,7 +12,9 @@ from contract.errors import ERRORS, PitheadError
 from control_plane.cli.client import Client, ServerOption, TokenOption, connect
 from control_plane.cli.output import Output, OutputOption, ago, labels, moment, print_json, print_table
 
-devices_app = typer.Typer(name="devices", help="What runs where, and why.", no_args_is_help=True)
+devices_app = typer.Typer(
+    add_completion=False, name="devices", help="What runs where, and why.", no_args_is_help=True
+)
 
 PAGE = 500
 GOOD = "green"
@@ -66,14 +69,14 @@ def list_devices(
 
 @devices_app.command(epilog="Example:  pithead devices show dev-4x7k2m9qpw1c")
 def show(
-    device: Annotated[str, typer.Argument(help="The device's id.")],
+    device: Annotated[str, typer.Argument(help="The device's id, or its name.")],
     output: OutputOption = Output.TABLE,
     server: ServerOption = None,
     token: TokenOption = None,
 ) -> None:
     """Show what a device shall run, what it runs, and why the two differ."""
     with connect(server, token) as api:
-        found = api.get(f"/api/v1/devices/{device}")
+        found = api.get(f"/api/v1/devices/{resolve(api, device)}")
     if output is Output.JSON:
         print_json(found)
         return
@@ -103,7 +106,7 @@ def show(
 
 @devices_app.command(epilog="Example:  pithead devices label dev-4x7k2m9qpw1c line=3 canary=")
 def label(
-    device: Annotated[str, typer.Argument(help="The device's id.")],
+    device: Annotated[str, typer.Argument(help="The device's id, or its name.")],
     pairs: Annotated[list[str], typer.Argument(help="name=value sets a label, name= takes it away.")],
     server: ServerOption = None,
     token: TokenOption = None,
@@ -116,13 +119,13 @@ def label(
             raise PitheadError("request.invalid", f"{pair!r} is not name=value")
         changes[name] = value or None
     with connect(server, token) as api:
-        changed = api.patch(f"/api/v1/devices/{device}", {"labels": changes})
+        changed = api.patch(f"/api/v1/devices/{resolve(api, device)}", {"labels": changes})
     typer.echo(labels(changed["labels"]))
 
 
 @devices_app.command(epilog="Example:  pithead devices revoke dev-4x7k2m9qpw1c")
 def revoke(
-    device: Annotated[str, typer.Argument(help="The device's id.")],
+    device: Annotated[str, typer.Argument(help="The device's id, or its name.")],
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     server: ServerOption = None,
@@ -132,8 +135,20 @@ def revoke(
     if not yes:
         typer.confirm(f"Revoke {device}?", abort=True)
     with connect(server, token) as api:
-        api.post(f"/api/v1/devices/{device}/revoke")
+        api.post(f"/api/v1/devices/{resolve(api, device)}/revoke")
     typer.echo(f"{device} is revoked")
+
+
+def resolve(api: Client, device: str) -> str:
+    """Return a device's id: ``device`` itself, unless it is the name of just one active device.
+
+    Raises ``request.invalid`` when several have that name.
+    """
+    named = api.get("/api/v1/devices", {"name": device, "state": "active"})["items"]
+    if len(named) > 1:
+        ids = ", ".join(found["id"] for found in named)
+        raise PitheadError("request.invalid", f"several devices are named {device!r}: {ids}; give the id")
+    return str(named[0]["id"]) if named else quote(device, safe="")
 
 
 def every(api: Client, path: str, params: dict[str, Any], limit: int) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from contract.errors import PitheadError
 from control_plane.cli.client import ServerOption, TokenOption, connect
 from control_plane.cli.output import Output, OutputOption, labels, print_json, print_table
 
-groups_app = typer.Typer(name="groups", help="Groups of devices, by their labels.", no_args_is_help=True)
+groups_app = typer.Typer(
+    add_completion=False, name="groups", help="Groups of devices, by their labels.", no_args_is_help=True
+)
 
 Name = Annotated[str, typer.Argument(help="The group's name.")]
 Selector = Annotated[

@@ -4,7 +4,7 @@ import datetime as dt
 import enum
 import json
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ class Output(enum.Enum):
     TABLE = "table"
     JSON = "json"
 
+
+PLAIN_WIDTH: Final = 240
+"""Columns of a table that goes into a file or a pipe: there a row should stay on its line."""
 
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print.")]
 
@@ -37,6 +40,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], em
         table.add_row(*[cell if isinstance(cell, Text) else Text(cell) for cell in row])
         count += 1
     console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
     console.print(table if count else Text(empty, style="dim"))
 
 

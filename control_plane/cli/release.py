@@ -30,7 +30,7 @@ from provisioning.keys import RELEASE_DAYS, RELEASE_ROLE, load_key, sign, utc_no
 
 CHUNK: Final = 256 * 1024
 
-release_app = typer.Typer(name="release", help="Sign a model package and publish it.")
+release_app = typer.Typer(add_completion=False, name="release", help="Sign a model package and publish it.")
 
 
 class Package(msgspec.Struct, frozen=True):

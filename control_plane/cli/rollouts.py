@@ -15,7 +15,10 @@ from control_plane.cli.output import Output, OutputOption, ago, print_json, prin
 from control_plane.cli.rollouts_replay import read_policy, replay_file
 
 rollouts_app = typer.Typer(
-    name="rollouts", help="Bring a version to the fleet by stages.", no_args_is_help=True
+    add_completion=False,
+    name="rollouts",
+    help="Bring a version to the fleet by stages.",
+    no_args_is_help=True,
 )
 
 PATH: Final = "/api/v1/rollouts"

@@ -10,8 +10,8 @@ from control_plane.cli.client import ServerOption, TokenOption, connect
 from control_plane.cli.devices import every
 from control_plane.cli.output import Output, OutputOption, moment, print_json, print_table
 
-anomalies_app = typer.Typer(name="anomalies", no_args_is_help=True)
-events_app = typer.Typer(name="events", no_args_is_help=True)
+anomalies_app = typer.Typer(add_completion=False, name="anomalies", no_args_is_help=True)
+events_app = typer.Typer(add_completion=False, name="events", no_args_is_help=True)
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="Of the last so many minutes.")]

@@ -11,7 +11,10 @@ from control_plane.cli.client import ServerOption, TokenOption, connect
 from control_plane.cli.output import Output, OutputOption, labels, moment, print_json, print_table
 
 tokens_app = typer.Typer(
-    name="tokens", help="Tokens for joining devices and for the API.", no_args_is_help=True
+    add_completion=False,
+    name="tokens",
+    help="Tokens for joining devices and for the API.",
+    no_args_is_help=True,
 )
 
 

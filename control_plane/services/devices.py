@@ -63,6 +63,7 @@ class Devices:
         group: str | None = None,
         state: str | None = None,
         online: bool | None = None,
+        name: str | None = None,
         after: str = "",
         limit: int = 100,
     ) -> list[DeviceRecord]:
@@ -71,7 +72,9 @@ class Devices:
             selector = dict(labels or {})
             if group is not None:
                 selector |= store.group(tx, group).selector
-            return store.devices(tx, labels=selector, state=state, online=online, after=after, limit=limit)
+            return store.devices(
+                tx, labels=selector, state=state, online=online, name=name, after=after, limit=limit
+            )
 
     def detail(self, device_id: str) -> DeviceDetail:
         """Return all that is known of a device."""

@@ -147,6 +147,7 @@ def devices(
     labels: Mapping[str, str] | None = None,
     state: str | None = None,
     online: bool | None = None,
+    name: str | None = None,
     after: str = "",
     limit: int | None = None,
 ) -> list[DeviceRecord]:
@@ -156,6 +157,8 @@ def devices(
         statement = statement.where(col(Device.state) == state)
     if online is not None:
         statement = statement.where(col(Device.online).is_(online))
+    if name is not None:
+        statement = statement.where(col(Device.name) == name)
     found: list[DeviceRecord] = []
     while True:
         rows = tx.exec(statement.where(col(Device.id) > after)).all()

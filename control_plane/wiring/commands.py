@@ -17,9 +17,9 @@ DataDir = Annotated[
     Path, typer.Option("--data-dir", envvar="PITHEAD_DATA_DIR", help="Where everything of this site lies.")
 ]
 
-init_app = typer.Typer()
-serve_app = typer.Typer()
-broker_app = typer.Typer()
+init_app = typer.Typer(add_completion=False)
+serve_app = typer.Typer(add_completion=False)
+broker_app = typer.Typer(add_completion=False)
 
 
 @init_app.command(epilog="Example:  pithead init --data-dir /var/lib/pithead --host factory.example")

@@ -205,3 +205,16 @@ def test_mistakes_are_told_in_one_piece(run: Run) -> None:
 def test_reasons_of_a_device_that_never_spoke() -> None:
     device = {"online": False, "reported": None, "desired": {"revision": 2}}
     assert [line.split(":")[0] for line in reasons(device)] == ["offline", "it has not reported yet"]
+
+
+def test_a_device_is_found_by_its_name_while_one_alone_has_it(
+    plant: Plant, run: Run, seen_device: str
+) -> None:
+    assert f"{seen_device}  furnace 2" in run("devices", "show", "furnace 2").stdout
+    twin = _enrol(plant)
+    refused = run("devices", "show", "furnace 2")
+    assert refused.returncode == 1
+    for part in ("request.invalid", "several devices", seen_device, twin):
+        assert part in refused.stderr
+    assert run("devices", "revoke", twin, "--yes").returncode == 0
+    assert run("devices", "show", "furnace 2").returncode == 0
