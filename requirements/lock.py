@@ -13,6 +13,13 @@ COMMON = [
     "--no-emit-index-url", "--no-annotate", "--no-header", "--python-version", "3.11",
 ]  # fmt: skip
 TFLITE_RUNTIME = "tflite-runtime==2.14.0\nnumpy<2\nmsgspec\nzstandard\npyseccomp\n"
+CLIENTS = {
+    "client-triton": "tritonclient[http,grpc]==2.73.0\n",
+    "client-kserve": "kserve==0.21.0\n",
+    "client-pytriton": "nvidia-pytriton==0.7.0\n",  # a whole Triton server too
+    "client-mlserver": "mlserver==1.7.1\nuvloop<0.22\n",
+}
+"""Other people's clients, and servers, of the Open Inference Protocol, each in an environment of its own."""
 
 
 def compile_set(name: str, *arguments: str, stdin: str | None = None) -> None:
@@ -28,6 +35,8 @@ def main() -> None:
         compile_set(extra, "--universal", "pyproject.toml", "--extra", extra)
     compile_set("data", "--universal", "--no-deps", "-", stdin="river==0.26.1\n")
     compile_set("tflite-runtime", "-", stdin=TFLITE_RUNTIME)
+    for name, wanted in CLIENTS.items():
+        compile_set(name, "-", stdin=wanted)
 
 
 if __name__ == "__main__":
