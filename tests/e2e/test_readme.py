@@ -69,7 +69,6 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-@pytest.mark.e2e
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_the_readme_s_walk_ends_with_a_model_in_service(
     walk: subprocess.CompletedProcess[str], tmp_path: Path
