@@ -23,7 +23,7 @@ from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Source, Table, sample_rate, settings
 from agent.engine.sources.credentials import credentials
 from agent.engine.sources.hold import Hold
-from agent.engine.sources.inbox import ThreadedSource
+from agent.engine.sources.loop import LoopSource
 from agent.engine.sources.tags import Address, addresses
 from contract.errors import PitheadError
 from contract.manifest import Pipeline
@@ -69,8 +69,8 @@ class OpcuaSettings(Struct, frozen=True, forbid_unknown_fields=True):
 SETTINGS: Final = OpcuaSettings
 
 
-class OpcuaSource(ThreadedSource):
-    """One session with one subscription, in an event loop of its own."""
+class OpcuaSource(LoopSource):
+    """One session with one subscription."""
 
     def __init__(self, given: OpcuaSettings, tags: tuple[Address, ...], rate_hz: float, clock: Clock) -> None:
         super().__init__(f"opcua {given.url}", len(tags))
@@ -97,32 +97,11 @@ class OpcuaSource(ThreadedSource):
             ) from error
         # What goes wrong is said by us, once; the library says much more.
         logging.getLogger("asyncua").setLevel(logging.CRITICAL)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._halt: asyncio.Event | None = None
 
-    def interrupt(self) -> None:
-        """See ``ThreadedSource``."""
-        if self._loop is not None and self._halt is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed already
-                self._loop.call_soon_threadsafe(self._halt.set)
-
-    def work(self) -> None:
-        """See ``ThreadedSource``."""
-        asyncio.run(self._main())
-
-    async def _main(self) -> None:
-        self._loop, self._halt = asyncio.get_running_loop(), asyncio.Event()
-        serving = asyncio.create_task(self._serve())
-        halted = asyncio.create_task(self._halt.wait())
-        if self.stopping.is_set():
-            self._halt.set()
-        await asyncio.wait({serving, halted}, return_when=asyncio.FIRST_COMPLETED)
-        halted.cancel()
-        serving.cancel()
+    async def serve(self) -> None:
+        """See ``LoopSource``."""
         try:
-            await serving
-        except asyncio.CancelledError:
-            return
+            await self._serve()
         except self._library.ua.UaError as error:
             raise PitheadError("source.failed", str(error) or type(error).__name__) from error
 
