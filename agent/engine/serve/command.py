@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from contract.errors import PitheadError
 
 if TYPE_CHECKING:
+    from agent.engine.serve import http
     from agent.engine.serve.app import App
 
 EXAMPLES: Final = """examples:
@@ -57,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
     listen.add_argument("--tls-key", type=Path, metavar="PEM", help="its key")
     listen.add_argument("--max-body-mb", type=int, default=64, metavar="MB", help="default: 64")
     listen.add_argument("--max-connections", type=int, default=1000, metavar="N", help="default: 1000")
+    listen.add_argument(
+        "--client-timeout-s",
+        type=float,
+        metavar="S",
+        help="for headers, body, idleness and reading; default: 10, 60, 75, 30",
+    )
     models = made.add_argument_group("models")
     models.add_argument("--versions", type=int, default=1, metavar="N", help="newest N of each model; 0: all")
     models.add_argument(
@@ -130,7 +139,7 @@ async def _main(options: argparse.Namespace) -> None:
 
 
 def _app(options: argparse.Namespace) -> "App":
-    from agent.engine.serve import app, http, tokens  # noqa: PLC0415 - see _serve
+    from agent.engine.serve import app, tokens  # noqa: PLC0415 - see _serve
     from agent.engine.serve.catalogue import Limits  # noqa: PLC0415
     from agent.engine.serve.repository import Directory  # noqa: PLC0415
     from agent.engine.serve.runner import Policy  # noqa: PLC0415
@@ -153,11 +162,21 @@ def _app(options: argparse.Namespace) -> "App":
         http_port=options.http_port,
         certificate=options.tls_cert,
         key=options.tls_key,
-        limits=http.Limits(connections=options.max_connections, body_bytes=options.max_body_mb * _MB),
+        limits=_client_limits(options),
     )
     source = Directory(options.models, Verdicts(options.probe_cache or default_path()), options.threads)
     known = None if options.token_file is None else tokens.read(options.token_file)
     return app.App([source], limits, listen, known)
+
+
+def _client_limits(options: argparse.Namespace) -> "http.Limits":
+    from agent.engine.serve import http  # noqa: PLC0415 - see _serve
+
+    limits = http.Limits(connections=options.max_connections, body_bytes=options.max_body_mb * _MB)
+    wait = options.client_timeout_s
+    if wait is None:
+        return limits
+    return msgspec.structs.replace(limits, header_s=wait, body_s=wait, idle_s=wait, read_s=wait)
 
 
 class _Facts(logging.Formatter):

@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
     """One client. Its deadline is the next moment at which it has to have done something."""
 
     __slots__ = (
-        "_body", "_busy", "_chunks", "_closing", "_header_bytes", "_headers", "_in_message", "_paused",
+        "_body", "_busy", "_closing", "_deaf", "_header_bytes", "_headers", "_in_message", "_paused",
         "_peer", "_pumping", "_queue", "_received", "_refused", "_server", "_target", "_transport",
         "_unread", "deadline", "parser",
     )  # fmt: skip
@@ -156,6 +156,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._unread = False
         self._closing = False
+        self._deaf = False
         self._refused: Response | None = None
         self.deadline = 0.0
 
@@ -185,12 +186,13 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
-        if self._closing or self._refused is not None:
+        if self._closing or self._deaf or self._refused is not None:
             return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(501, "this server speaks HTTP/1.1 only")
+            # Nothing is upgraded to here, and that may be passed over in silence; but the parser is lost.
+            self._deaf = True
         except httptools.HttpParserError as error:
             self._refuse(400, f"not HTTP: {error}"[:200])
         if not self._pumping:
@@ -198,10 +200,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """The client sends no more; what it asked is still answered."""
-        if self._in_message or not (self._busy or self._queue):
-            return False
-        self._closing_after_queue()
-        return True
+        self._deaf = True
+        return self._busy or bool(self._queue)
 
     def pause_writing(self) -> None:
         """The client does not read."""
@@ -320,7 +320,8 @@ class Connection(asyncio.Protocol):
             return
         self._busy = False
         server = self._server
-        keep_alive = keep_alive and not server.stopping
+        if server.stopping or (self._deaf and not self._queue):
+            keep_alive = False
         self._write(response, keep_alive)
         if not keep_alive:
             self._closing = True
@@ -398,10 +399,6 @@ class Connection(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
-
-    def _closing_after_queue(self) -> None:
-        if self._queue:
-            self._queue[-1].keep_alive = False
 
     def _forget_body(self) -> None:
         self._server.receiving -= self._received

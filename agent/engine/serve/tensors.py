@@ -49,13 +49,14 @@ def check_shape(shape: Sequence[int], field: str) -> int:
     """Return the number of elements; raises ``serve.bad_request`` for a shape that nothing can have."""
     if len(shape) > MAX_RANK:
         raise refuse(f"{field}.shape", f"{len(shape)} dimensions, at most {MAX_RANK} are taken")
+    most = count = 1
     for n in shape:
         if n < 0:
             raise refuse(f"{field}.shape", f"{list(shape)} has a negative dimension")
-    # Python's integers do not overflow, but a product of sixteen large ones is not worth having.
-    count = math.prod(shape)
-    if count > MAX_ELEMENTS:
-        raise refuse(f"{field}.shape", f"{list(shape)[:MAX_RANK]} is more than {MAX_ELEMENTS} elements")
+        count *= n
+        most *= n or 1  # beside a dimension of 0 the others count too: numpy cannot have them
+    if most > MAX_ELEMENTS:
+        raise refuse(f"{field}.shape", f"more than {MAX_ELEMENTS} elements")
     return count
 
 
