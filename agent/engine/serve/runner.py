@@ -100,7 +100,7 @@ class Runner:
         self._row_s = profile.run_s if math.isfinite(profile.run_s) else 0.0
         self._limit = BatchLimit(policy.objective_s, policy.max_batch if self.batches else 1)
         self._queue: list[Job] = []
-        self._queued_rows = 0
+        self._queued_rows = self._running_rows = 0
         self._flush_at: asyncio.Handle | None = None
         self._lonely = 0
         self._worker: Worker | None = None
@@ -134,7 +134,7 @@ class Runner:
         if short and not queue_ and (not self.batches or self._alone()):
             self._run_inline([job])
             return
-        if queue_:
+        if queue_ or self._running:
             self._admit(job)
         job.queued = time.monotonic_ns()
         if not queue_ or queue_[-1].priority <= job.priority:
@@ -218,6 +218,7 @@ class Runner:
             self._worker = Worker(self._name, self._session, self._loop, self._returned)
         self._batch_number += 1
         self._running[self._batch_number] = (batch, time.monotonic_ns())
+        self._running_rows += sum(job.rows for job in batch)
         self._worker.put(self._batch_number, batch)
 
     def _prefetch(self) -> None:
@@ -228,9 +229,10 @@ class Runner:
                 self._hand_over(batch)
 
     def _returned(self, number: int, result: Result, start: int, end: int) -> None:
-        batch, _ = self._running.pop(number)
         if self.lost:
             return
+        batch, _ = self._running.pop(number)
+        self._running_rows = sum(job.rows for jobs, _ in self._running.values() for job in jobs)
         for n, (jobs, _) in self._running.items():
             self._running[n] = (jobs, end)
         if batch:
@@ -246,7 +248,8 @@ class Runner:
         self.lost = True
         hung = PitheadError("serve.model_lost", f"a run takes more than {self._policy.hang_s} s")
         jobs = [job for batch, _ in self._running.values() for job in batch] + self._queue
-        self._queue, self._queued_rows, self._running = [], 0, {}
+        self._queue, self._running = [], {}
+        self._queued_rows = self._running_rows = 0
         log.error("model.hangs", extra={"facts": {"model": self._name, "requests": len(jobs)}})
         for job in jobs:
             self._refuse(job, hung)
@@ -257,8 +260,11 @@ class Runner:
         policy = self._policy
         if len(self._queue) >= policy.max_queue:
             raise PitheadError("serve.overloaded", f"{len(self._queue)} requests wait", retry_after_s=1)
-        wait = self._queued_rows * self._row_s
-        if wait > policy.max_wait_s and job.priority >= self._queue[0].priority:
+        ahead = self._queued_rows + self._running_rows
+        if self._queue and job.priority < self._queue[0].priority:
+            ahead = self._running_rows
+        wait = ahead * self._row_s
+        if wait > policy.max_wait_s:
             raise PitheadError("serve.overloaded", f"it would wait for {wait:.3f} s", retry_after_s=wait)
 
     def _cut(self) -> list[Job]:

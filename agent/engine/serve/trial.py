@@ -81,12 +81,10 @@ def _try(request: TrialRequest) -> TrialReport:
     )
     SCREENS[request.format](model)
     session: Any = None
-    for accelerator in registry.RUNTIMES[request.format].accelerators:
-        if accelerator.needs:
-            continue
-        session = opener(model, accelerator.name, 1)
+    for accelerator in registry.plain(request.format):
+        session = opener(model, accelerator, 1)
         # A delegate that takes no node is no accelerator of this model.
-        if session.accelerator == accelerator.name:
+        if session.accelerator == accelerator:
             break
     feed = made_up(session.inputs, rows=1)
     ran = True
