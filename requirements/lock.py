@@ -19,7 +19,13 @@ CLIENTS = {
     "client-pytriton": "nvidia-pytriton==0.7.0\n",  # a whole Triton server too
     "client-mlserver": "mlserver==1.7.1\nuvloop<0.22\n",
 }
-"""Other people's clients, and servers, of the Open Inference Protocol, each in an environment of its own."""
+"""Other people's clients of the Open Inference Protocol, each in an environment of its own."""
+PEERS = {
+    "peer-fastapi": "fastapi\norjson\nuvicorn[standard]\nonnxruntime\n",
+    "peer-triton": "nvidia-pytriton==0.7.0\nonnxruntime\n",
+    "peer-mlserver": "mlserver==1.7.1\nuvloop<0.22\nonnxruntime\n",
+}
+"""Servers that `make bench-serving` measures beside ours."""
 
 
 def compile_set(name: str, *arguments: str, stdin: str | None = None) -> None:
@@ -35,7 +41,7 @@ def main() -> None:
         compile_set(extra, "--universal", "pyproject.toml", "--extra", extra)
     compile_set("data", "--universal", "--no-deps", "-", stdin="river==0.26.1\n")
     compile_set("tflite-runtime", "-", stdin=TFLITE_RUNTIME)
-    for name, wanted in CLIENTS.items():
+    for name, wanted in (CLIENTS | PEERS).items():
         compile_set(name, "-", stdin=wanted)
 
 

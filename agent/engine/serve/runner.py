@@ -38,6 +38,7 @@ LONELY: Final = 8
 LONELY_FOR: Final = 32
 """...for so many requests."""
 _SMOOTH: Final = 0.1
+_OUTLIER: Final = 4.0
 _NS: Final = 1e-9
 
 
@@ -289,7 +290,9 @@ class Runner:
     def _deliver(self, batch: list[Job], result: Result, start: int, end: int) -> None:
         rows = batch[0].rows if len(batch) == 1 else sum(job.rows for job in batch)
         seconds = (end - start) * _NS
-        self._row_s += _SMOOTH * (seconds / (rows or 1) - self._row_s)
+        # What took much longer was kept from the processor, most likely: it counts, but not in full.
+        row_s = min(seconds / (rows or 1), _OUTLIER * self._row_s) if self._row_s else seconds / (rows or 1)
+        self._row_s += _SMOOTH * (row_s - self._row_s)
         if self.batches:
             self._limit.saw(rows, seconds)
         self._ran(rows, end - start)

@@ -67,8 +67,8 @@ def main() -> None:
 def _try(request: TrialRequest) -> TrialReport:
     import hashlib  # noqa: PLC0415 - the parent imports this module for its types only
 
-    from agent.engine.serve.made_up import made_up  # noqa: PLC0415 - as above, and numpy with it
     from inference import registry  # noqa: PLC0415
+    from inference.made_up import made_up  # noqa: PLC0415 - as above, and numpy with it
     from inference.sandbox import confine  # noqa: PLC0415
     from inference.screening import SCREENS  # noqa: PLC0415
 

@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 
-from agent.engine.serve.made_up import made_up
 from agent.engine.serve.runner import Profile
 from contract.errors import PitheadError
 from contract.manifest import TensorSpec
+from inference.made_up import made_up
 from inference.session import Array, Session
 
 ROWS: Final = 8
