@@ -105,8 +105,12 @@ class Variant(Struct, frozen=True, omit_defaults=True):
     accelerators: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=16)] = ("cpu",)
     arch: Annotated[tuple[Label, ...], Meta(min_length=1, max_length=16)] = ("any",)
     """``platform.machine()`` values, or ``any``."""
+    accelerator_options: Annotated[
+        dict[Name, Annotated[dict[Label, Label], Meta(max_length=16)]], Meta(max_length=16)
+    ] = {}
+    """By accelerator: options of its driver, of those that a manifest may set (docs/accelerators.md)."""
     preference: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
-    """Among the variants that can run, the highest wins."""
+    """The highest is tried first, and wins unless another is measured to be cheaper by a margin."""
 
 
 class Channel(Struct, frozen=True, omit_defaults=True):

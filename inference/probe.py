@@ -6,6 +6,7 @@ and only then looks at the model and its golden vectors.
 """
 
 import encodings.cp437
+import math
 import os
 import sys
 import time
@@ -21,20 +22,18 @@ import numpy as np
 from contract.errors import PitheadError
 from contract.manifest import MAX_VECTORS, Golden, TensorSpec, Tolerance, Variant
 from inference import registry
-from inference.probing import Limits, ProbeReport, ProbeRequest, SandboxReport
+from inference.made_up import made_up
+from inference.measuring import Energy, Memory, measure
+from inference.reports import ProbeReport, ProbeRequest
 from inference.sandbox import confine
 from inference.scoring import Scorer
 from inference.screening import SCREENS
-from inference.session import Session
+from inference.session import Opener, Session, as_bytes
 
-MIN_RUNS, MAX_RUNS = 10, 100
-"""In one round of measuring."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 10
 PRELOADED: Final = (encodings.cp437,)
 """What the standard library would import later, when no file can be opened any more."""
-MEASURE_MOST_S: Final = 2.0
-"""No further run begins after this: a slow model is known well enough by few runs."""
-_WARM_UP: Final = 3
+MADE_UP: Final = 4
+"""Inputs that a bare file is run on."""
 _SCALE_RTOL: Final = 1e-6
 _MB: Final = 1024 * 1024
 
@@ -45,53 +44,101 @@ def main() -> None:
     # Runtimes write on standard output as they please; the answer goes where they cannot.
     answer = os.dup(1)
     os.dup2(2, 1)
+
+    def failed(code: str, detail: str) -> ProbeReport:
+        return ProbeReport(request.name, request.accelerator.name, code, detail[:1500])
+
     try:
         report = examine(request)
     except PitheadError as error:
-        report = ProbeReport(request.variant.name, request.accelerator, error.code, error.detail[:1500])
+        report = failed(error.code, error.detail)
     except MemoryError:
-        report = ProbeReport(
-            request.variant.name,
-            request.accelerator,
-            "probe.over_budget",
-            f"more than {request.limits.memory_mb} MB of address space",
-        )
+        report = failed("probe.over_budget", f"more than {request.limits.memory_mb} MB of address space")
     os.write(answer, msgspec.json.encode(report))
     # A model that was opened here is not worth a clean farewell.
     os._exit(0)
 
 
 def examine(request: ProbeRequest) -> ProbeReport:
-    """Return the report of one variant on one accelerator; raises ``PitheadError`` for what is wrong."""
-    variant, limits = request.variant, request.limits
-    opener = registry.load_runtime(variant.format, warm_up=True)
-    model = registry.read_file(Path(request.model), variant.file)
-    golden = registry.read_file(Path(request.golden), variant.golden.file)
-    meter = os.open("/proc/self/status", os.O_RDONLY)
-    before = _status(meter, "VmRSS")
+    """Return the report of one candidate; raises ``PitheadError`` for what is wrong."""
+    accelerator, variant = request.accelerator, request.variant
+    if request.resources.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(
+            0, os.sched_getaffinity(0) & set(request.resources.cpus) or os.sched_getaffinity(0)
+        )
+    opener = registry.load_runtime(request.format, warm_up=True, accelerator=accelerator)
+    model = registry.read_file(Path(request.model), None if variant is None else variant.file)
+    golden = b"" if variant is None else registry.read_file(Path(request.golden), variant.golden.file)
+    memory, energy = Memory(), Energy()
     sandbox = confine(
-        memory_bytes=limits.memory_mb * _MB,
-        cpu_s=limits.cpu_s,
+        memory_bytes=request.limits.memory_mb * _MB,
+        cpu_s=request.limits.cpu_s,
         parent=request.parent,
         require=request.require_sandbox,
+        devices=accelerator.needs,
     )
-    SCREENS[variant.format](model)
+    SCREENS[request.format](model)
     start = time.perf_counter()
-    session = opener(model, request.accelerator, 1)
+    session = opener(model, accelerator, request.resources.threads, request.resources)
     load_ms = (time.perf_counter() - start) * 1000
-    check_tensors("inputs", variant.inputs, session.inputs)
-    check_tensors("outputs", variant.outputs, session.outputs)
-    if session.accelerator != request.accelerator:
+    placement = session.placement
+    if session.accelerator != accelerator.name:
         raise PitheadError(
             "inference.accelerator_missing",
-            f"asked for {request.accelerator!r}, the runtime used {session.accelerator!r}",
+            f"{accelerator.name!r} took none of the {placement.total} nodes; all are left to the CPU",
         )
+    if variant is None:
+        feed, vectors, worst = _against_cpu(opener, model, session)
+    else:
+        feed, vectors, worst = _against_golden(session, request, variant, golden)
+    timing = measure(session, feed, request.limits, energy)
+    peak = memory.read("VmHWM")
+    return ProbeReport(
+        variant=request.name,
+        accelerator=accelerator.name,
+        accelerator_used=session.accelerator,
+        runtime=session.runtime,
+        placement=placement,
+        vectors=vectors,
+        worst=worst,
+        load_ms=load_ms,
+        latency_p50_us=timing.p50_us,
+        latency_p99_us=timing.p99_us,
+        runs=timing.runs,
+        energy_uj=timing.energy_uj,
+        memory_mb=max(0.0, peak - memory.before),
+        peak_rss_mb=peak,
+        cpu_s=time.process_time(),
+        sandbox=sandbox,
+    )
+
+
+def _against_golden(
+    session: Session, request: ProbeRequest, variant: Variant, golden: bytes
+) -> tuple[dict[str, Any], int, dict[str, float]]:
+    """Return an input to measure with, how many vectors agreed, and how far they were at most."""
+    check_tensors("inputs", variant.inputs, session.inputs)
+    check_tensors("outputs", variant.outputs, session.outputs)
     if request.pipeline is not None and request.score is not None:
         Scorer(session, request.pipeline, request.score, variant.inputs, variant.outputs).warm_up()
     feeds, wanted = golden_vectors(golden, variant)
-    worst = _compare(session, feeds, wanted, variant.golden)
-    p50, p99 = _measure(session, feeds[0], limits)
-    return _report(request, session, sandbox, len(feeds), worst, (load_ms, p50, p99), meter, before)
+    session.reset()
+    return feeds[0], len(feeds), _compare(session, feeds, wanted, variant.golden)
+
+
+def _against_cpu(
+    opener: Opener, model: bytes, session: Session
+) -> tuple[dict[str, Any], int, dict[str, float]]:
+    """As ``_against_golden``, against the runtime's own kernels; nobody has promised a tolerance."""
+    other = opener(model, "cpu")
+    feeds = [made_up(session.inputs, 1, random=True, seed=seed) for seed in range(MADE_UP)]
+    anything = Tolerance(atol=math.inf)
+    worst: dict[str, float] = {}
+    for feed in feeds:
+        got = session.run(feed)
+        for name, want in other.run(feed).items():
+            worst[name] = max(worst.get(name, 0.0), difference(name, got[name], want, anything))
+    return feeds[0], len(feeds), worst
 
 
 def check_tensors(which: str, wanted: tuple[TensorSpec, ...], seen: tuple[TensorSpec, ...]) -> None:
@@ -147,10 +194,15 @@ def golden_vectors(content: bytes, variant: Variant) -> tuple[list[dict[str, Any
                 f"golden.vectors: the manifest says {count}, {key} has the shape {list(array.shape)}",
             )
     return (
-        # A scalar tensor's row is no array any more.
-        [{t.name: np.asarray(arrays[f"in:{t.name}"][i]) for t in variant.inputs} for i in range(count)],
-        [{t.name: np.asarray(arrays[f"out:{t.name}"][i]) for t in variant.outputs} for i in range(count)],
+        [{t.name: _row(arrays[f"in:{t.name}"], i) for t in variant.inputs} for i in range(count)],
+        [{t.name: _row(arrays[f"out:{t.name}"], i) for t in variant.outputs} for i in range(count)],
     )
+
+
+def _row(array: Any, i: int) -> Any:
+    # A scalar tensor's row is no array any more. Texts are kept in numpy's own kind, without pickles.
+    row = np.asarray(array[i])
+    return as_bytes(row) if row.dtype.kind in "SU" else row
 
 
 def difference(name: str, got: Any, want: Any, tolerance: Tolerance) -> float:
@@ -164,6 +216,12 @@ def difference(name: str, got: Any, want: Any, tolerance: Tolerance) -> float:
             f"output {name!r} is {got.dtype} {list(got.shape)}, "
             f"the golden vector {want.dtype} {list(want.shape)}",
         )
+    if got.dtype == np.object_:
+        if (others := int((got != want).sum())) > 0:
+            raise PitheadError(
+                "probe.golden_mismatch", f"output {name!r}: {others} of {got.size} texts differ"
+            )
+        return 0.0
     a, b = got.astype(np.float64), want.astype(np.float64)
     same = a == b
     bad = ~np.isfinite(a) & ~same
@@ -197,78 +255,6 @@ def _compare(session: Session, feeds: list[Any], wanted: list[Any], golden: Gold
                 raise PitheadError(error.code, f"vector {i}: {error.detail}") from error
             worst[name] = max(worst.get(name, 0.0), delta)
     return worst
-
-
-def _measure(session: Session, feed: Any, limits: Limits) -> tuple[float, float]:
-    """Return (p50, p99) of one run in microseconds: those of the calmest round.
-
-    Where twenty agents probe on two cores, what the others take is not this model's cost.
-    """
-    began = time.perf_counter()
-    for _ in range(_WARM_UP):
-        session.run(feed)
-        if time.perf_counter() > began + MEASURE_MOST_S:
-            break
-    rounds: list[tuple[float, float]] = []
-    end = time.perf_counter() + limits.measure_s
-    last = max(end, began + MEASURE_MOST_S)
-    while not rounds or time.perf_counter() < (last if len(rounds) < MIN_ROUNDS else end):
-        times = _round(session, feed, limits.measure_s / MIN_ROUNDS, last)
-        rounds.append((times[int(len(times) * 0.99)], times[len(times) // 2]))
-        if len(rounds) == MAX_ROUNDS:
-            break
-    p99, p50 = min(rounds)
-    return p50, p99
-
-
-def _round(session: Session, feed: Any, share_s: float, last: float) -> list[float]:
-    """Return what some runs took, in microseconds, from the shortest on."""
-    times: list[float] = []
-    until = time.perf_counter() + share_s
-    while len(times) < MAX_RUNS:
-        start = time.perf_counter()
-        if times and start > (last if len(times) < MIN_RUNS else until):
-            break
-        session.run(feed)
-        times.append((time.perf_counter() - start) * 1e6)
-    return sorted(times)
-
-
-def _report(
-    request: ProbeRequest,
-    session: Session,
-    sandbox: SandboxReport,
-    vectors: int,
-    worst: dict[str, float],
-    timing: tuple[float, float, float],
-    meter: int,
-    before: float,
-) -> ProbeReport:
-    peak = _status(meter, "VmHWM")
-    load_ms, p50, p99 = timing
-    return ProbeReport(
-        variant=request.variant.name,
-        accelerator=request.accelerator,
-        accelerator_used=session.accelerator,
-        runtime=session.runtime,
-        vectors=vectors,
-        worst=worst,
-        load_ms=load_ms,
-        latency_p50_us=p50,
-        latency_p99_us=p99,
-        memory_mb=max(0.0, peak - before),
-        peak_rss_mb=peak,
-        cpu_s=time.process_time(),
-        sandbox=sandbox,
-    )
-
-
-def _status(meter: int, key: str) -> float:
-    """Return a figure of ``/proc/self/status`` in MB, through a descriptor that the sandbox left open."""
-    for line in os.pread(meter, 8192, 0).decode("ascii", errors="replace").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 if __name__ == "__main__":

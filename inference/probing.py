@@ -12,121 +12,48 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from msgspec import Struct
 
 from contract import codec
 from contract.errors import PitheadError
-from contract.manifest import Budget, Manifest, Pipeline, Score, Variant
+from contract.manifest import Budget, Manifest, Variant
 from inference import registry
+from inference.accelerators import NO_LIMITS, CustomTable, Format, Resources, find, for_format
+from inference.choosing import best, candidates, choose, over_budget, settled
+from inference.reports import (
+    DEFAULT_LIMITS,
+    Choice,
+    Limits,
+    Placement,
+    ProbeReport,
+    ProbeRequest,
+    SandboxReport,
+)
+
+__all__ = (
+    "DEFAULT_LIMITS",
+    "Choice",
+    "Limits",
+    "Placement",
+    "ProbeReport",
+    "ProbeRequest",
+    "SandboxReport",
+    "best",
+    "choose",
+    "in_child",
+    "probe",
+    "probe_file",
+    "settled",
+)
 
 MAX_ANSWER: Final = 256 * 1024
 MAX_STDERR: Final = 16 * 1024
-_MB: Final = 1024 * 1024
-
-
-class Limits(Struct, frozen=True):
-    """What a probe of one variant on one accelerator may cost before it is killed."""
-
-    wall_s: float = 30.0
-    cpu_s: int = 20
-    memory_mb: int = 1024
-    """Address space on top of what the runtime itself takes."""
-    measure_s: float = 0.05
-    """How long latencies are measured: 3 to 10 rounds of 10 to 100 runs, and two seconds at most."""
-
-
-DEFAULT_LIMITS: Final = Limits()
-
-
-class SandboxReport(Struct, frozen=True):
-    """Which layers hold."""
-
-    no_new_privs: bool
-    rlimits: bool
-    landlock_abi: int
-    """0 where the kernel has no Landlock."""
-    seccomp: bool
-
-    @property
-    def level(self) -> str:
-        """``full``, ``partial`` (one of Landlock and seccomp is missing) or ``limits`` (both are)."""
-        layers = (self.landlock_abi > 0) + self.seccomp
-        return ("limits", "partial", "full")[layers] if self.no_new_privs and self.rlimits else "none"
-
-
-class ProbeRequest(Struct, frozen=True):
-    """What the parent asks of the child."""
-
-    variant: Variant
-    accelerator: str
-    model: str
-    golden: str
-    limits: Limits
-    parent: int
-    require_sandbox: bool = False
-    pipeline: Pipeline | None = None
-    """With ``score``: what a lane feeds the model with, and makes of its output."""
-    score: Score | None = None
-
-
-class ProbeReport(Struct, frozen=True, omit_defaults=True):
-    """What was seen of one variant on one accelerator; ``code`` is None when it passed."""
-
-    variant: str
-    accelerator: str
-    code: str | None = None
-    detail: str = ""
-    accelerator_used: str | None = None
-    runtime: str = ""
-    vectors: int = 0
-    """Golden vectors that agreed."""
-    worst: dict[str, float] = {}
-    """By output: the largest difference from the golden vectors."""
-    load_ms: float = 0.0
-    latency_p50_us: float = 0.0
-    latency_p99_us: float = 0.0
-    memory_mb: float = 0.0
-    """RSS at its peak less RSS before the model was opened."""
-    peak_rss_mb: float = 0.0
-    cpu_s: float = 0.0
-    sandbox: SandboxReport | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the model may be loaded by the engine."""
-        return self.code is None
-
-
-class Choice(Struct, frozen=True):
-    """The variant and accelerator that a device shall use."""
-
-    variant: str
-    accelerator: str
-    report: ProbeReport
-
-
-def candidates(
-    manifest: Manifest, variants: Sequence[str] | None, accelerators: Sequence[str], arch: str | None = None
-) -> Iterator[tuple[Variant, str]]:
-    """Yield (variant, accelerator) that could run here, the most preferred first.
-
-    Variants by the manifest's preference, then accelerators in the variant's own order.
-    ``arch`` is this machine's unless given; ``any`` takes every variant.
-    """
-    machine = arch or registry.arch()
-    for variant in sorted(manifest.variants, key=lambda v: -v.preference):
-        if variants is not None and variant.name not in variants:
-            continue
-        if machine != "any" and "any" not in variant.arch and machine not in variant.arch:
-            continue
-        for accelerator in variant.accelerators:
-            if accelerator in accelerators:
-                yield variant, accelerator
+SEARCH_S: Final = 30.0
+"""After one has passed, no further candidate is begun later than this."""
 
 
 def probe(
@@ -138,87 +65,118 @@ def probe(
     limits: Limits = DEFAULT_LIMITS,
     require_sandbox: bool = False,
     first_only: bool = False,
+    until_settled: bool = False,
     any_arch: bool = False,
+    custom: CustomTable | None = None,
+    resources: Resources = NO_LIMITS,
 ) -> list[ProbeReport]:
     """Probe what could run here, one child process each; never raises for a bad model.
 
     ``files`` maps the manifest's paths to where the files lie. With
-    ``first_only`` it stops at the first that passes. An empty list means that
-    nothing could even be tried: ``choose`` says so. ``any_arch`` tries what
-    is meant for other architectures too, as admission does.
+    ``first_only`` it stops at the first that passes, with ``until_settled``
+    where nothing better is possible or ``SEARCH_S`` is over. An empty list
+    means that nothing could even be tried: ``choose`` says so. ``any_arch``
+    tries what is meant for other architectures too, as admission does.
+    ``custom`` and ``resources`` are the device's.
     """
-    allowed = registry.accelerators() if accelerators is None else accelerators
-    reports = []
+    allowed = registry.accelerators(custom) if accelerators is None else accelerators
+    reports: list[ProbeReport] = []
+    until = None
     for variant, accelerator in candidates(manifest, variants, allowed, "any" if any_arch else None):
-        report = _probe(manifest, variant, accelerator, files, limits, require_sandbox=require_sandbox)
-        reports.append(report)
-        if first_only and report.passed:
+        if until is not None and time.monotonic() > until:
             break
+        if until_settled:
+            limits = _bounded(limits, reports)
+        try:
+            request = _request(manifest, variant, accelerator, files, limits, custom)
+            request = msgspec.structs.replace(request, resources=resources, require_sandbox=require_sandbox)
+            report = _answer(request, manifest.budget)
+        except PitheadError as error:
+            report = ProbeReport(variant.name, accelerator, error.code, error.detail[:1500])
+        reports.append(report)
+        if report.passed and (first_only or (until_settled and settled(report))):
+            break
+        if report.passed and until_settled and until is None:
+            until = time.monotonic() + SEARCH_S
     return reports
 
 
-def choose(reports: Sequence[ProbeReport], manifest: Manifest) -> Choice:
-    """Return the best of what passed: the manifest's preference first, then the measured latency.
+def probe_file(
+    model: Path,
+    model_format: Format,
+    *,
+    accelerators: Sequence[str] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    require_sandbox: bool = False,
+    custom: CustomTable | None = None,
+    resources: Resources = NO_LIMITS,
+) -> list[ProbeReport]:
+    """Probe a model file on what this machine has for its format; never raises for a bad model.
 
-    Raises the failure's own code when nothing passed and all failed alike,
-    else ``probe.no_variant`` with every reason.
+    Without golden vectors there is nothing to agree with: ``worst`` is how
+    far each accelerator is from the runtime's own kernels, on made-up inputs.
     """
-    preference = {v.name: v.preference for v in manifest.variants}
-    passed = [r for r in reports if r.passed]
-    if passed:
-        best = min(passed, key=lambda r: (-preference[r.variant], r.latency_p50_us))
-        return Choice(best.variant, best.accelerator, best)
-    reasons = "; ".join(f"{r.variant} on {r.accelerator}: {r.code} {r.detail}".rstrip() for r in reports)
-    codes = {r.code for r in reports}
-    code = codes.pop() if len(codes) == 1 else None
-    raise PitheadError(code or "probe.no_variant", reasons or "no variant fits this machine")
+    package = registry.formats().get(model_format)
+    names = for_format(model_format, package or "", custom) if accelerators is None else accelerators
+    reports = []
+    for name in names:
+        try:
+            request = ProbeRequest(
+                name=model.name,
+                format=model_format,
+                accelerator=find(model_format, name, custom),
+                model=str(model.absolute()),
+                limits=limits,
+                parent=os.getpid(),
+                resources=resources,
+                require_sandbox=require_sandbox,
+            )
+            reports.append(_answer(request, Budget()))
+        except PitheadError as error:
+            reports.append(ProbeReport(model.name, name, error.code, error.detail[:1500]))
+    return reports
 
 
-def over_budget(report: ProbeReport, budget: Budget) -> str:
-    """Return in which way a report breaks the budget, or an empty text."""
-    if budget.latency_ms is not None and report.latency_p99_us > budget.latency_ms * 1000:
-        return f"p99 {report.latency_p99_us / 1000:.3f} ms, the budget is {budget.latency_ms} ms"
-    if budget.memory_mb is not None and report.memory_mb > budget.memory_mb:
-        return f"{report.memory_mb:.1f} MB, the budget is {budget.memory_mb} MB"
-    return ""
+def _bounded(limits: Limits, reports: Sequence[ProbeReport]) -> Limits:
+    """Return limits under which a candidate that is far from the best so far is soon given up."""
+    times = [r.latency_p50_us for r in reports if r.passed]
+    return msgspec.structs.replace(limits, enough_us=2 * min(times)) if times else limits
 
 
-def _probe(
+def _request(
     manifest: Manifest,
     variant: Variant,
     accelerator: str,
     files: Mapping[str, Path],
     limits: Limits,
-    *,
-    require_sandbox: bool,
-) -> ProbeReport:
-    def failed(code: str, detail: str) -> ProbeReport:
-        return ProbeReport(variant.name, accelerator, code, detail[:1500])
-
+    custom: CustomTable | None,
+) -> ProbeRequest:
     for ref in (variant.file, variant.golden.file):
         if ref.path not in files:
-            return failed("package.file_missing", ref.path)
-    request = ProbeRequest(
-        variant=variant,
-        accelerator=accelerator,
+            raise PitheadError("package.file_missing", ref.path)
+    return ProbeRequest(
+        name=variant.name,
+        format=variant.format,
+        accelerator=find(variant.format, accelerator, custom, variant.accelerator_options.get(accelerator)),
         model=str(files[variant.file.path]),
-        golden=str(files[variant.golden.file.path]),
         limits=limits,
         parent=os.getpid(),
-        require_sandbox=require_sandbox,
+        variant=variant,
+        golden=str(files[variant.golden.file.path]),
         pipeline=manifest.pipeline,
         score=manifest.score,
     )
+
+
+def _answer(request: ProbeRequest, budget: Budget) -> ProbeReport:
+    """Return what the child found, judged by the budget; raises what it died of."""
+    answer = in_child("inference.probe", msgspec.json.encode(request), request.limits)
     try:
-        answer = in_child("inference.probe", msgspec.json.encode(request), limits)
         report = codec.decode(answer, ProbeReport)
     except PitheadError as error:
-        unreadable = error.code.startswith("message.")
-        return failed("probe.crashed" if unreadable else error.code, error.detail)
-    broken = over_budget(report, manifest.budget) if report.passed else ""
-    if broken:
-        return msgspec.structs.replace(report, code="probe.over_budget", detail=broken)
-    return report
+        raise PitheadError("probe.crashed", error.detail) from error
+    broken = over_budget(report, budget, request.resources) if report.passed else ""
+    return msgspec.structs.replace(report, code="probe.over_budget", detail=broken) if broken else report
 
 
 def in_child(module: str, request: bytes, limits: Limits, most: int = MAX_ANSWER) -> bytes:

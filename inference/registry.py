@@ -1,9 +1,11 @@
 """Which runtimes there are, what each can use, and how to open a model. Light until a model is opened."""
 
+import contextlib
 import hashlib
 import importlib
+import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -11,16 +13,20 @@ from msgspec import Struct
 
 from contract.errors import PitheadError
 from contract.manifest import MAX_FILE_BYTES, FileRef
+from inference.accelerators import (
+    FORMATS,
+    NO_LIMITS,
+    ONNX,
+    TFLITE,
+    Accelerator,
+    CustomTable,
+    Format,
+    Resources,
+    for_format,
+)
 
 if TYPE_CHECKING:
-    from inference.session import Session
-
-
-class Accelerator(Struct, frozen=True):
-    """Something that a runtime can use; it can be here only where one of the paths ``needs`` exists."""
-
-    name: str
-    needs: tuple[str, ...] = ()
+    from inference.session import Opener, Session
 
 
 class Runtime(Struct, frozen=True):
@@ -35,32 +41,24 @@ class Runtime(Struct, frozen=True):
 
 RUNTIMES: Final[Mapping[str, Runtime]] = {
     "onnx": Runtime(
-        packages=("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-qnn"),
+        packages=(
+            "onnxruntime",
+            "onnxruntime-gpu",
+            "onnxruntime-openvino",
+            "onnxruntime-qnn",
+            "onnxruntime-directml",
+        ),
         module="inference.runtimes.onnx",
         session="OnnxSession",
         platform="onnxruntime_onnx",
-        accelerators=(
-            Accelerator("tensorrt", ("/dev/nvidia0", "/dev/nvhost-gpu")),
-            Accelerator("cuda", ("/dev/nvidia0", "/dev/nvhost-gpu")),
-            Accelerator("openvino", ("/dev/dri/renderD128",)),
-            Accelerator("qnn", ("/dev/fastrpc-cdsp",)),
-            Accelerator("acl", ("/usr/lib/libarm_compute.so",)),
-            Accelerator("cpu"),
-        ),
+        accelerators=ONNX,
     ),
     "tflite": Runtime(
         packages=("ai-edge-litert", "tflite-runtime"),
         module="inference.runtimes.tflite",
         session="TfliteSession",
         platform="litert_tflite",
-        accelerators=(
-            Accelerator("edgetpu", ("/dev/apex_0", "/dev/bus/usb")),
-            Accelerator("ethosu", ("/dev/ethosu0",)),
-            Accelerator("vx", ("/dev/galcore",)),
-            Accelerator("gpu", ("/dev/mali0", "/dev/dri/renderD128")),
-            Accelerator("xnnpack"),
-            Accelerator("cpu"),
-        ),
+        accelerators=TFLITE,
     ),
 }
 """By the manifest's ``format``."""
@@ -81,21 +79,34 @@ def installed() -> dict[str, str]:
     return found
 
 
-def accelerators() -> tuple[str, ...]:
+def accelerators(custom: CustomTable | None = None) -> tuple[str, ...]:
     """Return the names of all accelerators that this machine may have, best first, ``cpu`` last.
 
-    A device file is a hint only: whether a model really runs there is the probe's word.
+    ``custom`` is the ``[accelerators]`` table of the device's settings. A
+    device file is a hint only: whether a model really runs there is the probe's word.
     """
-    here = installed()
-    names = dict.fromkeys(
-        accelerator.name
-        for runtime in RUNTIMES.values()
-        if any(package in here for package in runtime.packages)
-        for accelerator in runtime.accelerators
-        if not accelerator.needs or any(Path(path).exists() for path in accelerator.needs)
-    )
+    names: dict[str, None] = {}
+    for model_format, package in formats().items():
+        names |= dict.fromkeys(for_format(model_format, package, custom))
     names.pop("cpu", None)
     return (*names, "cpu")
+
+
+def formats() -> dict[Format, str]:
+    """Return each format that this machine can open, and the package that opens it."""
+    here = installed()
+    found: dict[Format, str] = {}
+    for model_format in FORMATS:
+        package = next((p for p in RUNTIMES[model_format].packages if p in here), None)
+        if package is not None:
+            found[model_format] = package
+    return found
+
+
+def plain(model_format: str) -> tuple[str, ...]:
+    """Return what a runtime has in itself, without any driver, best first."""
+    table = RUNTIMES[model_format].accelerators
+    return tuple(a.name for a in table if a.name == "cpu" or not (a.library or a.provider))
 
 
 def arch() -> str:
@@ -103,10 +114,13 @@ def arch() -> str:
     return platform.machine()
 
 
-def load_runtime(model_format: str, *, warm_up: bool = False) -> Callable[[bytes, str, int], "Session"]:
-    """Import the runtime of a format; returns what opens (content, accelerator, threads).
+def load_runtime(
+    model_format: str, *, warm_up: bool = False, accelerator: Accelerator | None = None
+) -> "Opener":
+    """Import the runtime of a format; returns what opens a model.
 
-    ``warm_up`` before a sandbox closes. Raises ``inference.runtime_missing``.
+    ``warm_up`` before a sandbox closes, which loads the driver of ``accelerator`` too.
+    Raises ``inference.runtime_missing``, ``inference.accelerator_missing``.
     """
     runtime = RUNTIMES.get(model_format)
     if runtime is None:
@@ -118,15 +132,21 @@ def load_runtime(model_format: str, *, warm_up: bool = False) -> Callable[[bytes
             "inference.runtime_missing", f"install {' or '.join(runtime.packages)}: {error}"
         ) from error
     if warm_up:
-        module.warm_up()
-    return cast("Callable[[bytes, str, int], Session]", getattr(module, runtime.session))
+        module.warm_up(*(() if accelerator is None else (accelerator,)))
+    return cast("Opener", getattr(module, runtime.session))
 
 
 def open_session(
-    model: Path | str | bytes, model_format: str, accelerator: str = "cpu", threads: int = 1
+    model: Path | str | bytes,
+    model_format: str,
+    accelerator: str | Accelerator = "cpu",
+    threads: int | None = None,
+    resources: Resources = NO_LIMITS,
 ) -> "Session":
     """Open a model; a path is read once and handed over as bytes, so that nothing can change under it.
 
+    ``threads`` overrides that of ``resources``; the threads that a runtime starts stay on the processors
+    of ``resources``.
     Raises ``package.unsafe_model``, ``package.file_missing``, ``package.too_large`` and ``inference.*``.
     """
     content = model if isinstance(model, bytes) else read_file(Path(model))
@@ -134,7 +154,25 @@ def open_session(
 
     opener = load_runtime(model_format)
     SCREENS[model_format](content)
-    return opener(content, accelerator, threads)
+    with on_cpus(resources.cpus):
+        return opener(content, accelerator, threads or resources.threads, resources)
+
+
+@contextlib.contextmanager
+def on_cpus(cpus: Collection[int]) -> Iterator[None]:
+    """Keep the calling thread, and whatever threads it starts meanwhile, on some processors.
+
+    Those that the machine lacks do not count; where none is left, nothing changes.
+    """
+    if not cpus or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before & set(cpus) or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def read_file(path: Path, wanted: FileRef | None = None) -> bytes:

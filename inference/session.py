@@ -1,16 +1,23 @@
 """A model that is ready to run, the same for every runtime."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from contract.errors import PitheadError
 from contract.manifest import TensorSpec
-from inference.arithmetic import DTYPES
+from inference.accelerators import NO_LIMITS, Accelerator, Resources
+from inference.arithmetic import DTYPES, quantise
+from inference.reports import Placement
 
 Array = NDArray[Any]
+
+TENSORS: Final[dict[str, DTypeLike]] = {**DTYPES, "BYTES": np.object_}
+"""Numpy's name of each datatype of the Open Inference Protocol; texts are ``bytes`` objects."""
+REALS: Final = frozenset(np.dtype(d) for d in (np.float16, np.float32, np.float64))
 
 
 class Session(Protocol):
@@ -39,17 +46,43 @@ class Session(Protocol):
         """Name and version of the runtime."""
         ...
 
+    @property
+    def placement(self) -> Placement:
+        """Which nodes run where."""
+        ...
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name, in the model's own datatypes; they belong to the caller.
 
-        Quantised tensors are integers here (``inference.arithmetic`` converts).
+        A quantised input is fed as its integers, or as real values, which are
+        quantised with the model's own scale. Quantised outputs are integers
+        (``inference.reals`` shows them as real values). Texts are ``bytes``
+        on the way out, ``bytes`` or ``str`` on the way in.
         Raises ``inference.bad_input`` for a wrong name, datatype or shape,
         ``inference.run_failed`` when the runtime gives up.
         """
         ...
 
+    def reset(self) -> None:
+        """Forget what earlier runs left in the model's variables; nothing where it has none."""
+        ...
+
     def close(self) -> None:
         """Free the model. It may take long (hundreds of ms): call it where nobody waits."""
+        ...
+
+
+class Opener(Protocol):
+    """What makes a session of a model file's bytes."""
+
+    def __call__(
+        self,
+        content: bytes,
+        accelerator: str | Accelerator = "cpu",
+        threads: int = 1,
+        resources: Resources = NO_LIMITS,
+    ) -> Session:
+        """Open a model; raises ``inference.accelerator_missing`` and ``inference.load_failed``."""
         ...
 
 
@@ -59,6 +92,9 @@ class InputGate:
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._last: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
+        self._texts = [spec.name for spec in specs if spec.datatype == "BYTES"]
+        self.converts: tuple[str, ...] = ()
+        """Inputs that the runtime cannot take as they were given last: reals to be quantised, and texts."""
 
     def admit(self, inputs: Mapping[str, Array]) -> bool:
         """Return whether all shapes are those of the call before.
@@ -72,30 +108,74 @@ class InputGate:
                     break
             else:
                 return True
-        self._check(inputs)
+        reals = self._check(inputs)
         self._last = [(name, array.dtype, array.shape) for name, array in inputs.items()]
+        self.converts = (*reals, *self._texts)
         return False
 
-    def _check(self, inputs: Mapping[str, Array]) -> None:
+    def converted(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return ``inputs`` as the runtime takes them."""
+        changed = dict(inputs)
+        for name in self.converts:
+            spec, array = self._specs[name], inputs[name]
+            if spec.datatype == "BYTES":
+                changed[name] = _as_text(name, array)
+            else:
+                changed[name] = quantise(array.astype(np.float32, copy=False), spec)
+        return changed
+
+    def _check(self, inputs: Mapping[str, Array]) -> list[str]:
+        """Return the inputs that are reals where the model takes integers."""
         if inputs.keys() != self._specs.keys():
             raise PitheadError(
                 "inference.bad_input",
                 f"the model's inputs are {list(self._specs)}, given were {sorted(inputs)}",
             )
+        reals = []
         for name, spec in self._specs.items():
             array = inputs[name]
-            if array.dtype != DTYPES.get(spec.datatype):
-                raise PitheadError(
-                    "inference.bad_input",
-                    f"input {name!r} must be {spec.datatype}, given was {array.dtype}",
-                    tensor=name,
-                )
+            if array.dtype != TENSORS.get(spec.datatype) and not _is_text(spec, array):
+                if spec.scale is None or array.dtype not in REALS:
+                    raise PitheadError(
+                        "inference.bad_input",
+                        f"input {name!r} must be {spec.datatype}, given was {array.dtype}",
+                        tensor=name,
+                    )
+                reals.append(name)
             if not fits(array.shape, spec.shape):
                 raise PitheadError(
                     "inference.bad_input",
                     f"input {name!r} must have the shape {list(spec.shape)}, given was {list(array.shape)}",
                     tensor=name,
                 )
+        return reals
+
+
+def _is_text(spec: TensorSpec, array: Array) -> bool:
+    return spec.datatype == "BYTES" and array.dtype.kind in "SU"
+
+
+def _as_text(name: str, array: Array) -> Array:
+    """Return an array of ``str``: the runtime reads texts as UTF-8."""
+    texts = np.empty(array.shape, np.object_)
+    try:
+        for at, value in np.ndenumerate(array):
+            texts[at] = value.decode() if isinstance(value, bytes) else value
+            if not isinstance(texts[at], str):
+                raise PitheadError(
+                    "inference.bad_input", f"input {name!r}: {type(value).__name__} is no text", tensor=name
+                )
+    except UnicodeDecodeError as error:
+        raise PitheadError("inference.bad_input", f"input {name!r}: {error}", tensor=name) from error
+    return texts
+
+
+def as_bytes(array: Array) -> Array:
+    """Return the texts of a runtime's output as ``bytes`` objects."""
+    texts = np.empty(array.shape, np.object_)
+    for at, value in np.ndenumerate(array):
+        texts[at] = value if isinstance(value, bytes) else str(value).encode()
+    return texts
 
 
 def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
@@ -107,3 +187,23 @@ def datatype_of(dtype: Any) -> str | None:
     """Return the Open Inference Protocol's name of a numpy datatype, or None."""
     wanted = np.dtype(dtype)
     return next((name for name, known in DTYPES.items() if np.dtype(known) == wanted), None)
+
+
+def counted(nodes: Iterable[tuple[str, str]]) -> Placement:
+    """Return the placement of (accelerator, operator) pairs."""
+    where: dict[str, Counter[str]] = {}
+    for accelerator, operator in nodes:
+        where.setdefault(accelerator, Counter())[operator] += 1
+    return Placement({name: dict(sorted(found.items())) for name, found in sorted(where.items())})
+
+
+def first_line(error: Exception) -> str:
+    """Return what a runtime's exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]
+
+
+def missing(accelerator: Accelerator, why: str) -> PitheadError:
+    """Return ``inference.accelerator_missing``."""
+    return PitheadError(
+        "inference.accelerator_missing", f"{accelerator.name!r} {why}", accelerator=accelerator.name
+    )

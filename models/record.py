@@ -125,7 +125,7 @@ def _record(request: Request) -> Recording:
         require=request.require_sandbox,
     )
     SCREENS[request.format](model)
-    accelerators = [a.name for a in registry.RUNTIMES[request.format].accelerators if not a.needs]
+    accelerators = registry.plain(request.format)
     opened = [opener(model, name, 1) for name in accelerators]
     # A delegate that takes no node is no accelerator of this model.
     sessions = [s for s, name in zip(opened, accelerators, strict=True) if s.accelerator == name]

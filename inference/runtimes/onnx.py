@@ -1,5 +1,8 @@
 """ONNX Runtime."""
 
+import base64
+import threading
+import zlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -8,17 +11,9 @@ import onnxruntime
 
 from contract.errors import PitheadError
 from contract.manifest import Datatype, TensorSpec
-from inference.session import Array, InputGate
-
-PROVIDERS: Final[Mapping[str, str]] = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "acl": "ACLExecutionProvider",
-    "qnn": "QNNExecutionProvider",
-}
-"""Our name of each accelerator, and the execution provider that drives it."""
+from inference.accelerators import NO_LIMITS, ONNX, Accelerator, Resources, find
+from inference.reports import Placement
+from inference.session import Array, InputGate, as_bytes, counted, first_line, missing
 
 _DATATYPES: Final[Mapping[str, Datatype]] = {
     "tensor(bool)": "BOOL",
@@ -33,55 +28,94 @@ _DATATYPES: Final[Mapping[str, Datatype]] = {
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
 }
 _SILENT: Final = 4
+_CPU: Final = "CPUExecutionProvider"
+_SMALLEST: Final = b"c-rIOurlW2;bN>1VyskR2};c=6=F<};s*(EadB`k3bAl8aWEzU1uBsRoLIOR1b6`jng;C"
+"""y = Relu(x), zlib in base 85."""
+_MB: Final = 1024 * 1024
+
+_arena_lock: Final = threading.Lock()
+_arena_mb: list[int] = []
+"""The limit of the arena that all sessions of this process share, once it is there: it cannot be changed."""
 
 
-def warm_up() -> None:
-    """Nothing: onnxruntime looks at the machine when it is imported."""
+def warm_up(accelerator: Accelerator = ONNX[-1]) -> None:
+    """Load what an execution provider loads with its first model, before a sandbox closes."""
+    if accelerator.provider != _CPU:
+        OnnxSession(zlib.decompress(base64.b85decode(_SMALLEST)), accelerator).close()
 
 
 class OnnxSession:
     """A model in ONNX Runtime."""
 
-    def __init__(self, content: bytes, accelerator: str, threads: int) -> None:
-        provider = PROVIDERS.get(accelerator)
-        if provider is None or provider not in onnxruntime.get_available_providers():
-            raise PitheadError(
-                "inference.accelerator_missing",
-                f"onnxruntime {onnxruntime.__version__} has no {accelerator!r} here",
-                accelerator=accelerator,
-            )
-        # Its exceptions share no base; they stop here.
+    def __init__(
+        self,
+        content: bytes,
+        accelerator: str | Accelerator = "cpu",
+        threads: int = 1,
+        resources: Resources = NO_LIMITS,
+    ) -> None:
+        wanted = find("onnx", accelerator) if isinstance(accelerator, str) else accelerator
+        options = _options(threads, resources)
+        providers = _providers(wanted, options)
+        # Its exceptions share no base; they stop here. What its own Python part would do instead of
+        # raising, another session on the CPU, nobody asked for.
         try:
             self._session = onnxruntime.InferenceSession(
-                content, sess_options=_options(threads), providers=[provider]
+                content, sess_options=options, enable_fallback=0, **providers
             )
         except Exception as error:
-            raise PitheadError("inference.load_failed", _first_line(error)) from error
+            raise PitheadError("inference.load_failed", first_line(error)) from error
+        if wanted.provider not in self._session.get_providers():
+            raise missing(wanted, f"did not start in onnxruntime {onnxruntime.__version__}: see its log")
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
-        used = self._session.get_providers()[0]
-        self.accelerator = next((name for name, p in PROVIDERS.items() if p == used), used)
+        self._wanted = wanted
+        self.accelerator = wanted.name
+        if wanted.provider != _CPU and not self.placement.nodes_on(wanted.name):
+            self.accelerator = "cpu"
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._gate = InputGate(self.inputs)
         self._names = [spec.name for spec in self.outputs]
+        self._texts = [spec.name for spec in self.outputs if spec.datatype == "BYTES"]
+
+    @property
+    def placement(self) -> Placement:
+        """See ``Session``; as the graph was when it was divided, before the last optimisations."""
+        names = {a.provider: a.name for a in ONNX}
+        names[self._wanted.provider] = self._wanted.name
+        return counted(
+            (names.get(part.ep_name, part.ep_name), node.op_type)
+            for part in self._session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        )
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See ``Session``."""
-        self._gate.admit(inputs)
+        gate = self._gate
+        gate.admit(inputs)
+        if gate.converts:
+            inputs = gate.converted(inputs)
         try:
             outputs = self._session.run(self._names, inputs)
         except Exception as error:
-            raise PitheadError("inference.run_failed", _first_line(error)) from error
-        return dict(zip(self._names, map(np.asarray, outputs), strict=True))
+            raise PitheadError("inference.run_failed", first_line(error)) from error
+        answer = dict(zip(self._names, map(np.asarray, outputs), strict=True))
+        for name in self._texts:
+            answer[name] = as_bytes(answer[name])
+        return answer
+
+    def reset(self) -> None:
+        """See ``Session``. An ONNX model keeps nothing: its state goes in and out as tensors."""
 
     def close(self) -> None:
         """See ``Session``."""
         del self._session
 
 
-def _options(threads: int) -> Any:
+def _options(threads: int, resources: Resources) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -91,7 +125,54 @@ def _options(threads: int) -> Any:
     # Never guess: what was screened as ONNX must not be read as something else.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if resources.memory_mb is not None:
+        _limit_arena(resources.memory_mb)
+        options.enable_cpu_mem_arena = True
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return options
+
+
+def _limit_arena(memory_mb: int) -> None:
+    """Give this process one arena that ends at ``memory_mb``; the first limit stands until it ends."""
+    with _arena_lock:
+        if _arena_mb:
+            return
+        where = onnxruntime.OrtMemoryInfo(
+            "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+        )
+        # Grow by what is asked for, not to the next power of two.
+        shape = {"max_mem": memory_mb * _MB, "arena_extend_strategy": 1}
+        onnxruntime.create_and_register_allocator(where, onnxruntime.OrtArenaCfg(shape))
+        _arena_mb.append(memory_mb)
+
+
+def _providers(wanted: Accelerator, options: Any) -> dict[str, Any]:
+    """Return the session's arguments that ask for an accelerator, the CPU after it."""
+    if wanted.library:
+        options.add_provider_for_devices(_devices(wanted), dict(wanted.options))
+        return {}
+    if not wanted.provider:
+        raise missing(wanted, "names no execution provider")
+    if wanted.provider not in onnxruntime.get_available_providers():
+        raise missing(wanted, f"is not in this build of onnxruntime {onnxruntime.__version__}")
+    if wanted.provider == _CPU:
+        return {"providers": [_CPU]}
+    return {"providers": [(wanted.provider, dict(wanted.options)), _CPU]}
+
+
+def _devices(wanted: Accelerator) -> list[Any]:
+    """Register a provider that is a library of its own, once; return the devices that it found."""
+    name = f"pithead.{wanted.name}"
+    try:
+        if not any(d.ep_name == wanted.provider for d in onnxruntime.get_ep_devices()):
+            onnxruntime.register_execution_provider_library(name, wanted.library)
+        found = [d for d in onnxruntime.get_ep_devices() if d.ep_name == wanted.provider]
+    except Exception as error:
+        raise missing(wanted, f"needs {wanted.library}: {first_line(error)}") from error
+    if not found:
+        raise missing(wanted, f"found no device: {wanted.library} offers none as {wanted.provider!r}")
+    return found
 
 
 def _spec(node: Any) -> TensorSpec:
@@ -100,7 +181,3 @@ def _spec(node: Any) -> TensorSpec:
         raise PitheadError("inference.load_failed", f"tensor {node.name!r} is of the type {node.type}")
     shape = tuple(d if isinstance(d, int) and d >= 0 else -1 for d in node.shape)
     return TensorSpec(node.name, datatype, shape)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:500]

@@ -4,14 +4,16 @@ import base64
 import ctypes
 import importlib.metadata
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
 
 from contract.errors import PitheadError
 from contract.manifest import Datatype, TensorSpec
-from inference.session import Array, InputGate, datatype_of
+from inference.accelerators import NO_LIMITS, Accelerator, Resources, find
+from inference.reports import Placement
+from inference.session import Array, InputGate, counted, datatype_of, first_line, missing
 
 try:
     from ai_edge_litert import interpreter as tflite
@@ -19,15 +21,6 @@ except ImportError:  # armv7l has only the older one
     from tflite_runtime import interpreter as tflite
 
 PACKAGE: Final[str] = tflite.__name__.partition(".")[0].replace("_", "-")
-
-DELEGATES: Final[Mapping[str, str]] = {
-    "edgetpu": "libedgetpu.so.1",
-    "gpu": "libtensorflowlite_gpu_delegate.so",
-    "ethosu": "libethosu_delegate.so",
-    "armnn": "libarmnnDelegate.so",
-    "vx": "libvx_delegate.so",
-}
-"""Accelerators that are a shared library. ``cpu`` (the built-in kernels) and ``xnnpack`` need none."""
 
 VERSION: Final = importlib.metadata.version(PACKAGE)
 """Read now: in the probe's sandbox no file can be opened any more."""
@@ -42,37 +35,48 @@ _SMALLEST: Final = (
 
 _PLAIN: Final = tflite.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 _AUTO: Final = tflite.OpResolverType.AUTO
+_DELEGATE: Final = "DELEGATE"
 
 
-def warm_up() -> None:
-    """Make the runtime read what it reads once in a process, before a sandbox closes.
+def warm_up(accelerator: Accelerator | None = None) -> None:
+    """Make the runtime and a delegate read what they read once in a process, before a sandbox closes.
 
     XNNPACK looks at the processor's features, and takes no node where it cannot.
     """
-    TfliteSession(zlib.decompress(base64.b85decode(_SMALLEST)), "xnnpack", 1).close()
+    smallest = zlib.decompress(base64.b85decode(_SMALLEST))
+    TfliteSession(smallest, "xnnpack").close()
+    if accelerator is not None and accelerator.library:
+        TfliteSession(smallest, accelerator).close()
 
 
 class TfliteSession:
     """A model in a TFLite interpreter; tensors are set and read by index, the cheapest public way."""
 
-    def __init__(self, content: bytes, accelerator: str, threads: int) -> None:
-        delegates = _delegates(accelerator)
-        resolver = _AUTO if accelerator == "xnnpack" else _PLAIN
+    def __init__(
+        self,
+        content: bytes,
+        accelerator: str | Accelerator = "cpu",
+        threads: int = 1,
+        resources: Resources = NO_LIMITS,  # noqa: ARG002 - other runtimes limit their arena by it
+    ) -> None:
+        """See ``Opener``. LiteRT's arena is as large as the model's tensors need, and cannot be limited."""
+        wanted = find("tflite", accelerator) if isinstance(accelerator, str) else accelerator
+        delegate = _delegate(wanted)
         try:
             self._interpreter = tflite.Interpreter(
                 model_content=content,
                 num_threads=threads,
-                experimental_delegates=delegates,
-                experimental_op_resolver_type=resolver,
+                experimental_delegates=None if delegate is None else [delegate],
+                experimental_op_resolver_type=_AUTO if wanted.name == "xnnpack" else _PLAIN,
             )
             self._interpreter.allocate_tensors()
             inputs = self._interpreter.get_input_details()
             outputs = self._interpreter.get_output_details()
-            delegated = _delegated(self._interpreter)
+            delegated = self._delegated()
         except (ValueError, RuntimeError, SystemError) as error:
-            raise PitheadError("inference.load_failed", _first_line(error)) from error
+            raise PitheadError("inference.load_failed", first_line(error)) from error
         self.runtime = f"{PACKAGE} {VERSION}"
-        self.accelerator = accelerator if delegated or accelerator == "cpu" else "cpu"
+        self.accelerator = wanted.name if delegated else "cpu"
         self.inputs = tuple(_spec(d) for d in inputs)
         self.outputs = tuple(_spec(d) for d in outputs)
         self._gate = InputGate(self.inputs)
@@ -82,9 +86,17 @@ class TfliteSession:
             d["name"]: tuple(int(n) for n in d["shape"]) for d in inputs
         }
 
+    @property
+    def placement(self) -> Placement:
+        """See ``Session``."""
+        return _placement(self._interpreter._get_ops_details(), self.accelerator)  # noqa: SLF001 - as below
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See ``Session``. Another batch size than the last one costs a new allocation."""
-        same = self._gate.admit(inputs)
+        gate = self._gate
+        same = gate.admit(inputs)
+        if gate.converts:
+            inputs = gate.converted(inputs)
         interpreter = self._interpreter
         try:
             if not same and any(inputs[name].shape != shape for name, shape in self._shapes.items()):
@@ -95,7 +107,11 @@ class TfliteSession:
             return {name: interpreter.get_tensor(index) for name, index in self._fetches}
         except (ValueError, RuntimeError, SystemError) as error:
             self._gate = InputGate(self.inputs)
-            raise PitheadError("inference.run_failed", _first_line(error)) from error
+            raise PitheadError("inference.run_failed", first_line(error)) from error
+
+    def reset(self) -> None:
+        """See ``Session``."""
+        self._interpreter.reset_all_variables()
 
     def close(self) -> None:
         """See ``Session``."""
@@ -109,30 +125,48 @@ class TfliteSession:
         self._interpreter.allocate_tensors()
         self._shapes = {name: inputs[name].shape for name, _ in self._feeds}
 
+    def _delegated(self) -> bool:
+        """Return whether a delegate took at least one node. There is no public way to ask."""
+        return any(op["op_name"] == _DELEGATE for op in self._interpreter._get_ops_details())  # noqa: SLF001
 
-def _delegates(accelerator: str) -> list[Any] | None:
-    if accelerator in {"cpu", "xnnpack"}:
+
+def _delegate(wanted: Accelerator) -> Any:
+    """Return the delegate that an accelerator is, or None for those that LiteRT has in itself."""
+    if not wanted.library:
+        if wanted.name not in {"cpu", "xnnpack"}:
+            raise missing(wanted, "names no delegate library")
         return None
-    library = DELEGATES.get(accelerator)
-    if library is None:
-        raise PitheadError(
-            "inference.accelerator_missing", f"{PACKAGE} knows no {accelerator!r}", accelerator=accelerator
-        )
     try:
         # Its own loader leaves half an object behind when there is no such library.
-        ctypes.CDLL(library)
-        return [tflite.load_delegate(library)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise PitheadError(
-            "inference.accelerator_missing",
-            f"{accelerator!r} needs {library}: {_first_line(error)}",
-            accelerator=accelerator,
-        ) from error
+        ctypes.CDLL(wanted.library)
+        return tflite.load_delegate(wanted.library, dict(wanted.options))
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise missing(wanted, f"needs {wanted.library}: {reason}") from error
 
 
-def _delegated(interpreter: Any) -> bool:
-    """Return whether a delegate took at least one node. There is no public way to ask."""
-    return any(op["op_name"] == "DELEGATE" for op in interpreter._get_ops_details())  # noqa: SLF001
+def _placement(operators: Sequence[Mapping[str, Any]], accelerator: str) -> Placement:
+    """Return which nodes a delegate took: those between its node's inputs and outputs.
+
+    The interpreter lists the nodes that were there before too, but not which
+    of them a delegate's node stands for.
+    """
+    plain = [op for op in operators if op["op_name"] != _DELEGATE]
+    makes = {int(t): i for i, op in enumerate(plain) for t in op["outputs"]}
+    taken: set[int] = set()
+    for op in operators:
+        if op["op_name"] != _DELEGATE:
+            continue
+        given = {int(t) for t in op["inputs"]}
+        open_ends = [int(t) for t in op["outputs"]]
+        while open_ends:
+            tensor = open_ends.pop()
+            maker = makes.get(tensor)
+            if maker is None or maker in taken or tensor in given:
+                continue
+            taken.add(maker)
+            open_ends += [int(t) for t in plain[maker]["inputs"]]
+    return counted((accelerator if i in taken else "cpu", str(op["op_name"])) for i, op in enumerate(plain))
 
 
 def _spec(details: Mapping[str, Any]) -> TensorSpec:
@@ -152,7 +186,3 @@ def _spec(details: Mapping[str, Any]) -> TensorSpec:
         float(scale) if quantised else None,
         int(zero_point) if quantised else None,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:500]
