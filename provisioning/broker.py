@@ -33,6 +33,11 @@ BROKER_USER: Final = "mosquitto"
 MESSAGE_LIMIT: Final = 1024 * 1024
 """Above the protocol's own limit: a device that breaks that one shall be recorded, not merely cut off."""
 
+QUEUE_BYTES: Final = 256 * 1024 * 1024
+"""Kept for a client that is away, our own ingest above all. What is dropped, devices send again."""
+MEMORY_BYTES: Final = 1024 * 1024 * 1024
+"""Of the broker as a whole; beyond it clients are refused, and the machine lives."""
+
 ACCESS_LIST: Final = f"""\
 # Written by Pithead. %u is the name in the client's certificate.
 user {INGEST_SERVICE}
@@ -228,6 +233,8 @@ def _config(directory: Path, port: int, bind: str, user: str | None) -> str:
         f"persistence_location {directory}/data/",
         "autosave_interval 5",
         "max_queued_messages 200000",
+        f"max_queued_bytes {QUEUE_BYTES}",
+        f"memory_limit {MEMORY_BYTES}",
         "max_inflight_messages 1000",
         f"max_packet_size {MESSAGE_LIMIT}",
         "set_tcp_nodelay true",

@@ -5,6 +5,7 @@ and the bad one is acknowledged too where its number can be read, so that
 the device does not send it for ever.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Final
 
 import msgspec
@@ -12,9 +13,13 @@ from msgspec import Meta
 
 from contract import codec, topics
 from contract.errors import PitheadError
-from contract.messages import PROTOCOL_VERSION, Envelope, PriorityClass, Status
+from contract.messages import NO_NUL, PROTOCOL_VERSION, Envelope, PriorityClass, Status
 
 STATUS_SEGMENT: Final = "status"
+MAX_RECORDS: Final = 2_000
+"""Records of one message, ten times what an agent sends: each may cost a row, good or bad."""
+MAX_EPOCHS: Final = 16
+"""Epochs in one message: each costs a watermark, and has a part in the acknowledgement."""
 
 
 class Inbound(msgspec.Struct, frozen=True):
@@ -29,7 +34,7 @@ class Inbound(msgspec.Struct, frozen=True):
 class Number(msgspec.Struct, frozen=True, rename={"priority": "class"}):
     """What can be read of a record that is otherwise wrong."""
 
-    epoch: Annotated[str, Meta(min_length=1, max_length=64)]
+    epoch: Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)]
     priority: PriorityClass
     seq: Annotated[int, Meta(ge=1, le=2**62)]
 
@@ -96,18 +101,21 @@ def _priority(segment: str) -> PriorityClass:
 def _batch(device: str, priority: PriorityClass, message: Inbound) -> Decoded:
     try:
         envelopes = codec.decode_batch(message.payload, message.content_type)
+        _check_count(len(envelopes))
         for envelope in envelopes:
             _check(device, priority, envelope)
     except PitheadError as error:
         if error.code == "message.too_large":
             raise
         return _one_by_one(device, priority, message)
+    _check_epochs(envelope.epoch for envelope in envelopes)
     return Decoded(device, accepted=tuple(Accepted(envelope, message.t_received) for envelope in envelopes))
 
 
 def _one_by_one(device: str, priority: PriorityClass, message: Inbound) -> Decoded:
     plain = codec.open_payload(message.payload, message.content_type)
     raws = codec.decode(plain, list[msgspec.Raw])
+    _check_count(len(raws))
     accepted: list[Accepted] = []
     refused: list[Refused] = []
     for raw in raws:
@@ -121,7 +129,26 @@ def _one_by_one(device: str, priority: PriorityClass, message: Inbound) -> Decod
             refused.append(_refuse(device, message, bytes(raw), error, number))
         else:
             accepted.append(Accepted(envelope, message.t_received))
+    _check_epochs(
+        [
+            *(entry.envelope.epoch for entry in accepted),
+            *(entry.number.epoch for entry in refused if entry.number is not None),
+        ]
+    )
     return Decoded(device, tuple(accepted), tuple(refused))
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_RECORDS:
+        raise PitheadError(
+            "message.too_large", f"{count} records in one message, limit {MAX_RECORDS}", limit=MAX_RECORDS
+        )
+
+
+def _check_epochs(epochs: Iterable[str]) -> None:
+    found = len(set(epochs))
+    if found > MAX_EPOCHS:
+        raise PitheadError("message.malformed", f"{found} epochs in one message, limit {MAX_EPOCHS}")
 
 
 def _check(device: str, priority: PriorityClass, envelope: Envelope) -> None:

@@ -25,7 +25,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from contract import codec, topics
 from contract.messages import Ack, DesiredHint
 from control_plane.ingest.decode import STATUS_SEGMENT, Inbound
-from control_plane.ingest.writer import Writer
+from control_plane.ingest.writer import Writer, Written
 from control_plane.ports import Clock
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ RECEIVE_MAXIMUM: Final = 1_000
 """Messages that the broker sends ahead of our acknowledgement; bounds our memory too."""
 KEEPALIVE_S: Final = 30
 RETRY_S: Final = (0.5, 30.0)
+ATTEMPTS: Final = 5
+"""At a batch that fails and nobody knows why. The devices send again what was not acknowledged."""
 HINT_WAIT_S: Final = 5.0
 
 ALL_STATUS: Final = f"{topics.ROOT}/+/up/{STATUS_SEGMENT}"
@@ -132,9 +134,15 @@ class Ingest:
 
     def acks(self, acks: Sequence[Ack]) -> None:
         """See ``ports.Publisher``."""
-        if self.connected:
-            for ack in acks:
-                self._client.publish(topics.ack(ack.device), codec.encode(ack), qos=1)
+        if not self.connected:
+            return
+        for ack in acks:
+            payload = codec.encode(ack)
+            if len(payload) > codec.MAX_PAYLOAD:
+                # the broker would cut us off, and again with every repetition after that
+                log.error("ingest.ack_too_large", extra={"facts": {"device": ack.device}})
+            else:
+                self._client.publish(topics.ack(ack.device), payload, qos=1)
 
     def _make_client(self) -> mqtt.Client:
         client = mqtt.Client(
@@ -213,15 +221,18 @@ class Ingest:
         return batch, False
 
     def _store(self, batch: Sequence[_Arrived]) -> bool:
-        """Store until it is stored; False when told to stop before that."""
+        """Store until it is stored, or given up; False when told to stop before that."""
         delay = RETRY_S[0]
-        while True:
+        failures = 0
+        written = Written()
+        while failures < ATTEMPTS:
             try:
                 written = self._writer.write([arrived.message for arrived in batch])
             except (OperationalError, InterfaceError) as error:
                 log.warning("ingest.database_unavailable", extra={"facts": {"error": str(error)[:500]}})
             except Exception:
-                log.exception("ingest.failed", extra={"facts": {"messages": len(batch)}})
+                failures += 1
+                log.exception("ingest.failed", extra={"facts": {"messages": len(batch), "attempt": failures}})
             else:
                 break
             if self._stopping.wait(delay):

@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Table, bindparam, tuple_, update
+from sqlalchemy import Table, bindparam, delete, func, tuple_, update
+from sqlalchemy import select as sql_select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
@@ -20,6 +21,10 @@ Ranges = tuple[tuple[int, int], ...]
 
 DEAD_PAYLOAD: Final = 4096
 """Bytes kept of a refused payload."""
+DEAD_PER_DEVICE: Final = 1_000
+"""Refused messages kept of one device, the newest."""
+MARKS_PER_DEVICE: Final = 200
+"""Watermarks kept of one device, the newest. An agent has one epoch and five classes."""
 
 _ranges = msgspec.json.Decoder(Ranges)
 
@@ -93,10 +98,11 @@ def put_watermarks(tx: Session, marks: Mapping[WatermarkKey, tuple[int, Ranges]]
         for (device, epoch, priority), (prefix, ranges) in sorted(marks.items())
     ]
     tx.connection().execute(statement, rows)
+    _keep_newest(tx, _table(tables.Watermark), {device for device, _, _ in marks}, "t", MARKS_PER_DEVICE)
 
 
 def insert_dead(tx: Session, records: Sequence[DeadRecord]) -> None:
-    """Keep refused messages; one that comes again is counted."""
+    """Keep refused messages, the newest of each device; one that comes again is counted."""
     if not records:
         return
     table = _table(tables.DeadLetter)
@@ -119,6 +125,37 @@ def insert_dead(tx: Session, records: Sequence[DeadRecord]) -> None:
             "count": 1,
         }
         tx.connection().execute(statement, row)
+    _keep_newest(tx, table, {record.device_id for record in records}, "last_received", DEAD_PER_DEVICE)
+
+
+def prune_dead(tx: Session, before: int, keep: int) -> int:
+    """Delete refused messages older than ``before``, and all but the newest ``keep``; return how many."""
+    letter = tables.DeadLetter
+    oldest_kept = tx.exec(
+        select(letter.last_received).order_by(col(letter.last_received).desc()).offset(keep).limit(1)
+    ).first()
+    limit = before if oldest_kept is None else max(before, oldest_kept + 1)
+    return int(tx.connection().execute(delete(letter).where(col(letter.last_received) < limit)).rowcount)
+
+
+def _keep_newest(tx: Session, table: Table, devices: Collection[str], age: str, keep: int) -> None:
+    """Delete all but the ``keep`` rows of each of ``devices`` whose column ``age`` is the newest."""
+    connection = tx.connection()
+    key = tuple(table.primary_key.columns)
+    full = (
+        sql_select(table.c.device_id)
+        .where(table.c.device_id.in_(sorted(devices)))
+        .group_by(table.c.device_id)
+        .having(func.count() > keep)
+    )
+    for (device,) in connection.execute(full).all():
+        old = (
+            sql_select(*key)
+            .where(table.c.device_id == device)
+            .order_by(table.c[age].desc(), *(column.desc() for column in key))
+            .offset(keep)
+        )
+        connection.execute(table.delete().where(tuple_(*key).in_(old)))
 
 
 def known_devices(tx: Session, devices: Collection[str]) -> set[str]:

@@ -50,6 +50,7 @@ from control_plane.wiring.signer import SignerProcess
 from control_plane.wiring.site import open_database, write_broker
 from control_plane.workers.hints import HintPublisher
 from control_plane.workers.loop import Task, Workers
+from control_plane.workers.retention import Retention
 from control_plane.workers.revocations import RevocationLists
 from control_plane.workers.rollouts import RolloutWorker
 from provisioning import broker, pki
@@ -176,6 +177,7 @@ class ControlPlane:
             Task("rollouts", 0.5, lambda: worker.tick(now_micros())),
             Task("image-metadata", 60.0, self.images.renew),
             Task("revocations", 60.0, self.revocations.tick),
+            Task("retention", 600.0, Retention(self.database, now_micros).tick),
         ]
 
     def _parts(self) -> dict[str, Callable[[], bool]]:

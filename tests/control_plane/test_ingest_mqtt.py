@@ -1,21 +1,25 @@
 """Ingest over a real broker: nothing is lost, and nothing counts twice."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
+import zstandard
 from msgspec.structs import replace
 
 from contract import codec, topics
-from contract.messages import Ack, DesiredHint, Envelope, PriorityClass, Status
+from contract.messages import Ack, AckRange, DesiredHint, Envelope, PriorityClass, Status
+from control_plane.ingest.decode import Inbound
 from control_plane.ingest.mqtt import BrokerAddress, Ingest
-from control_plane.ingest.writer import Writer
+from control_plane.ingest.writer import Writer, Written
 from control_plane.services import desired
 from control_plane.store import devices, telemetry
 from control_plane.store.database import Database
 from control_plane.store.telemetry import Window
 from control_plane.workers.hints import HintPublisher
-from tests.control_plane.messages import DEVICE, NOW, OTHER, add_device, anomaly, envelope
+from tests.control_plane.messages import DEVICE, NOW, OTHER, add_device, anomaly, envelope, plain
 from tests.services import (
     BrokerSite,
     Connection,
@@ -154,6 +158,62 @@ def test_poison_does_not_stop_the_rest(
     with ready_database.reading() as tx:
         letters = telemetry.dead_letters(tx, Window())
     assert {letter.code for letter in letters} == {"message.malformed", "message.too_large"}
+    device.close()
+
+
+def test_one_device_cannot_cut_the_ingest_off(
+    ready_database: Database, broker_site: BrokerSite, make_ingest: MakeIngest, tmp_path: Path
+) -> None:
+    """Neither by a message that asks for a huge acknowledgement, nor would one ever be sent."""
+    broker_site.start()
+    ingest = make_ingest()
+    evil = Device(broker_site, tmp_path, OTHER).begin()
+    good = Device(broker_site, tmp_path).begin()
+    wait_for(lambda: ingest.connected, "the ingest to connect")
+    one = plain(envelope(anomaly(1), 1, device=OTHER))
+    for start in range(0, 12_500, 2_500):
+        bomb = msgspec.json.encode([{**one, "epoch": f"{n:064d}"} for n in range(start, start + 2_500)])
+        packed = zstandard.ZstdCompressor(level=19).compress(bomb)
+        evil.publish(topics.records(OTHER, PriorityClass.ANOMALY), packed, content_type=codec.JSON_ZSTD)
+    spans = tuple((n * 10**15, n * 10**15) for n in range(1, 4000))
+    ranges = tuple(AckRange(f"e{n}", PriorityClass.RAW, 0, spans) for n in range(10))
+    ingest.acks([Ack(1, OTHER, ranges)])
+    good.send(envelope(anomaly(1), 1))
+    wait_for(lambda: good.acked() == 1, "the acknowledgement")
+    good.send(envelope(anomaly(2), 2))
+    wait_for(lambda: good.acked() == 2, "the next acknowledgement")
+    assert ingest.connected
+    evil.close()
+    good.close()
+
+
+def test_a_batch_that_always_fails_is_given_up(
+    ready_database: Database,
+    broker_site: BrokerSite,
+    make_ingest: MakeIngest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Writer.write
+
+    def write(self: Writer, messages: Sequence[Inbound]) -> Written:
+        if any(b"poison" in message.payload for message in messages):
+            raise RuntimeError("nobody thought of this")
+        return original(self, messages)
+
+    monkeypatch.setattr(Writer, "write", write)
+    monkeypatch.setattr("control_plane.ingest.mqtt.RETRY_S", (0.01, 0.02))
+    broker_site.start()
+    make_ingest()
+    device = Device(broker_site, tmp_path).begin()
+    device.publish(topics.records(DEVICE, PriorityClass.ANOMALY), b"poison")
+    numbers = itertools.count(1)
+
+    def heard() -> bool:
+        device.send(envelope(anomaly(1), next(numbers)))
+        return bool(device.got(topics.ack(DEVICE)))
+
+    wait_for(heard, "an acknowledgement")
     device.close()
 
 

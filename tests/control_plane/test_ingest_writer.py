@@ -5,17 +5,22 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlmodel import Session, select
 
 from contract import codec, topics
 from contract.codec import JSON_ZSTD, MAX_DECODED, MAX_PAYLOAD
 from contract.messages import PriorityClass, Reported, Status
-from control_plane.ingest.decode import Inbound, decode
-from control_plane.ingest.writer import Writer, Written
+from control_plane.ingest.decode import MAX_EPOCHS, MAX_RECORDS, Decoded, Inbound, decode
+from control_plane.ingest.watermark import MAX_RANGES
+from control_plane.ingest.writer import LETTERS, Writer, Written
 from control_plane.services.devices import Devices
 from control_plane.store import devices, telemetry
+from control_plane.store import ingest as store
 from control_plane.store.database import Database
 from control_plane.store.ids import new_id
+from control_plane.store.tables.telemetry import Watermark
 from control_plane.store.telemetry import Window
+from control_plane.workers.retention import DEAD_LETTERS_US, Retention
 from tests.control_plane.messages import (
     DEVICE,
     NOW,
@@ -210,6 +215,120 @@ def test_a_text_that_no_database_takes(database: Database, writer: Writer) -> No
     assert "$.body.source" in letter.detail
 
 
+@pytest.mark.parametrize("priority", [PriorityClass.ANOMALY, PriorityClass.RECEIPT])
+def test_a_number_that_no_database_takes(database: Database, writer: Writer, priority: PriorityClass) -> None:
+    """A refused record whose epoch has a NUL stands in nobody's way, here or on PostgreSQL."""
+    poison = plain(envelope(anomaly(), 1, priority=priority), epoch="e\0", body={"type": "anomaly"})
+    written = writer.write(
+        [raw(msgspec.json.encode([poison]), priority=priority), message([envelope(anomaly(7), 1)])]
+    )
+    assert (written.records, written.refused) == (1, 1)
+    assert acked(written) == {("e1", "anomaly"): (1, ())}
+    assert scores(database) == [7.0]
+
+
+@pytest.mark.parametrize("where", ["insert_records", "insert_dead", "put_watermarks"])
+def test_no_fault_of_one_message_stops_the_rest(
+    database: Database, writer: Writer, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whatever breaks at one device's record, it is refused or dropped, and the others are stored."""
+    original = getattr(store, where)
+
+    def breaks(tx: Session, what: object, *arguments: object) -> None:
+        if OTHER in repr(what):
+            raise ZeroDivisionError("nobody thought of this")
+        original(tx, what, *arguments)
+
+    monkeypatch.setattr(store, where, breaks)
+    written = writer.write(
+        [message([envelope(anomaly(9), 1, device=OTHER)], device=OTHER), message([envelope(anomaly(7), 1)])]
+    )
+    if where == "insert_dead":
+        assert written.records == 2  # nothing went there
+    else:
+        assert (written.records, written.refused) == (1, 1)
+        assert acked(written) == {("e1", "anomaly"): (1, ())}
+    bad = raw(b"[1]", device=OTHER)
+    assert writer.write([bad, message([envelope(anomaly(8), 2)])]).records == 1
+
+
+def test_a_decoder_that_fails_is_survived(
+    database: Database, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = decode(message([envelope(anomaly(7), 1)]))
+
+    def fails(one: Inbound) -> Decoded:
+        if one.payload == b"bad":
+            raise MemoryError
+        return good
+
+    monkeypatch.setattr("control_plane.ingest.writer.decode", fails)
+    assert writer.write([raw(b"bad"), raw(b"good")]).records == 1
+    assert dead(database)[0].payload == "bad"
+
+
+def zipped(records: list[dict[str, object]] | list[int]) -> Inbound:
+    payload = zstandard.ZstdCompressor(level=19).compress(msgspec.json.encode(records))
+    return raw(payload, content_type=JSON_ZSTD)
+
+
+def test_a_message_of_many_epochs_is_refused(database: Database, writer: Writer) -> None:
+    """Each would have a part in an acknowledgement that the broker takes for an attack."""
+    epochs = [f"{number:064d}" for number in range(MAX_EPOCHS + 1)]
+    written = writer.write([zipped([plain(envelope(anomaly(), 1, epoch=epoch)) for epoch in epochs])])
+    assert (written.records, written.refused, written.acks) == (0, 1, ())
+    assert "epochs" in dead(database)[0].detail
+    written = writer.write([zipped([plain(envelope(anomaly(), 1, epoch=epoch)) for epoch in epochs[1:]])])
+    assert written.records == MAX_EPOCHS
+
+
+def test_an_acknowledgement_is_never_larger_than_the_broker_takes(writer: Writer) -> None:
+    """Gaps everywhere, in many epochs at once: told in several parts that together say all."""
+    epochs = [f"{number:064d}" for number in range(12)]
+    numbers = [2**60 + 2 * n for n in range(MAX_RANGES)]
+    written = writer.write(
+        [message([envelope(anomaly(), n, epoch=epoch) for n in numbers]) for epoch in epochs]
+    )
+    assert written.records == len(epochs) * MAX_RANGES
+    assert len(written.acks) > 1
+    assert max(len(codec.encode(ack)) for ack in written.acks) < codec.MAX_PAYLOAD
+    assert len(acked(written)) == len(epochs)
+
+
+def test_watermarks_of_a_device_that_invents_epochs_are_bounded(database: Database, writer: Writer) -> None:
+    for start in range(0, store.MARKS_PER_DEVICE + 3 * MAX_EPOCHS, MAX_EPOCHS):
+        writer.write([message([envelope(anomaly(), 1, epoch=f"e{start + n}") for n in range(MAX_EPOCHS)])])
+    with database.reading() as tx:
+        assert len(tx.exec(select(Watermark)).all()) == store.MARKS_PER_DEVICE
+
+
+def test_many_bad_records_are_a_few_letters(database: Database, writer: Writer) -> None:
+    written = writer.write([zipped(list(range(50_000)))])
+    assert (written.refused, len(dead(database))) == (1, 1)
+    assert "50000 records" in dead(database)[0].detail
+    written = writer.write([zipped(list(range(MAX_RECORDS)))])
+    assert written.refused == MAX_RECORDS
+    letters = dead(database)
+    assert len(letters) == 1 + LETTERS
+    assert f"and {MAX_RECORDS - LETTERS} more records" in letters[0].detail
+
+
+def test_dead_letters_are_bounded(
+    database: Database, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "DEAD_PER_DEVICE", 20)
+    for number in range(30):
+        writer.write([msgspec.structs.replace(raw(b"%d" % number), t_received=NOW + number)])
+    writer.write([raw(b"other", device=OTHER)])
+    assert len(dead(database)) == 21
+    assert {letter.payload for letter in dead(database)} == {"other", *map(str, range(10, 30))}
+    assert Retention(database, lambda: NOW + DEAD_LETTERS_US + 25).tick() == 16
+    assert len(dead(database)) == 5
+    with database.transaction() as tx:
+        assert store.prune_dead(tx, 0, keep=2) == 3
+    assert {letter.payload for letter in dead(database)} == {"28", "29"}
+
+
 def test_a_sketch_that_cannot_be_calculated_with(database: Database, writer: Writer) -> None:
     """It is refused alone; what other devices sent beside it is stored."""
     good = summary()
@@ -222,9 +341,13 @@ def test_a_sketch_that_cannot_be_calculated_with(database: Database, writer: Wri
     assert acked(written)["e1", "summary"] == (1, ())
 
 
-def test_the_newest_report_wins_whatever_comes_last(database: Database, writer: Writer) -> None:
-    for seq in (2, 5, 3):
-        writer.write([message([envelope(Reported(revision=seq), seq)])])
+@pytest.mark.parametrize("together", [False, True])
+def test_the_newest_report_wins_whatever_comes_last(
+    database: Database, writer: Writer, *, together: bool
+) -> None:
+    messages = [message([envelope(Reported(revision=seq), seq)]) for seq in (2, 5, 3)]
+    for batch in [messages] if together else [[one] for one in messages]:
+        writer.write(batch)
     with database.reading() as tx:
         reported = devices.device(tx, DEVICE).reported
     assert reported is not None
