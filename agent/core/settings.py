@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 from contract.errors import PitheadError
 from contract.messages import Name
 
-SOURCE_KINDS: Final = ("http", "modbus", "mqtt", "opcua", "replay", "system")
+SOURCE_KINDS: Final = ("http", "modbus", "mqtt", "opcua", "replay", "sparkplug", "system")
 """Sensor sources of the house; each is a module in ``agent.engine.sources``."""
 SourceTable = dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
 

@@ -9,21 +9,16 @@ pace. A message that cannot be used counts as a missing sample.
 """
 
 import logging
-import ssl
 import threading
 from collections import deque
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
-from paho.mqtt.client import Client, MQTTMessage, error_string
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, settings
-from agent.engine.sources.credentials import credentials
+from agent.engine.sources.broker import MAX_PAYLOAD, Broker, Connection, Topic
 from contract.errors import PitheadError
 from contract.manifest import Pipeline
 
@@ -31,35 +26,19 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 20_000
 """Rows that wait to be taken; older ones are lost, and counted."""
-MAX_PAYLOAD: Final = 256 * 1024
-CONNECT_S: Final = 10.0
-LOOP_S: Final = 0.5
-"""How long the client's thread waits for the network at once."""
-
-Topic = Annotated[str, Meta(min_length=1, max_length=1024)]
 _row = msgspec.json.Decoder(dict[str, Any] | list[Any] | int | float | bool | str | None)
 
 
-class MqttSettings(Struct, frozen=True, forbid_unknown_fields=True):
+class MqttSettings(Broker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["mqtt"]
-    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=1, le=65535)] | None = None
-    """Default 1883, with TLS 8883."""
     topic: Topic | None = None
     topics: tuple[Topic, ...] | None = None
     """One for each channel, in the order of the model's channels."""
     columns: tuple[str, ...] | None = None
     """Keys of the JSON object, in the order of the model's channels; default: the channels' names."""
     qos: Literal[0, 1] = 1
-    client_id: str = ""
-    tls: bool = False
-    ca_file: str | None = None
-    certificate_file: str | None = None
-    key_file: str | None = None
-    credentials_file: str | None = None
-    """TOML with ``username`` and ``password``."""
 
 
 SETTINGS: Final = MqttSettings
@@ -156,32 +135,15 @@ class MqttSource:
     """One connection. When it ends, ``poll`` raises, and the lane opens another after a while."""
 
     def __init__(self, given: MqttSettings, columns: tuple[str, ...], clock: Clock) -> None:
-        self._given, self._clock = given, clock
         self._rows = Rows(columns, given.topics, clock)
         self._width = len(columns)
-        self._port = given.port or (8883 if given.tls else 1883)
-        self._problem: str | None = None
-        self._subscribed = False
-        self._closing = False
-        self._opened = clock.mono()
-        self._client = Client(
-            CallbackAPIVersion.VERSION2, client_id=given.client_id, protocol=MQTTProtocolVersion.MQTTv5
-        )
-        self._client.on_connect = self._connected
-        self._client.connect_timeout = CONNECT_S / 2
-        self._client.on_subscribe = self._granted
-        self._client.on_message = self._message
-        if given.tls:
-            self._client.tls_set_context(_tls(given))
-        if given.credentials_file is not None:
-            login = credentials(given.credentials_file)
-            self._client.username_pw_set(login.username, login.password)
-        self._thread = threading.Thread(target=self._serve, name="mqtt-source", daemon=True)
-        self._thread.start()
+        topics = given.topics or (given.topic or "",)
+        self._connection = Connection(given, topics, self._rows.message, clock, qos=given.qos)
+        self._connection.start()
 
     def poll(self, limit: int) -> Batch | None:
         """See ``Source``."""
-        alive = self._thread.is_alive()
+        alive = self._connection.alive
         rows, lost, gap = self._rows.take(limit)
         if rows or lost:
             return Batch(
@@ -190,13 +152,8 @@ class MqttSource:
                 lost=lost,
                 continues=not gap,
             )
-        if self._problem is not None:
-            raise self._failure(self._problem)
-        if not alive:
-            raise self._failure("the client has ended")
-        if not self._subscribed and self._clock.mono() - self._opened > CONNECT_S * 1e6:
-            raise self._failure(f"no answer in {CONNECT_S:.0f} s")
-        return Batch(np.empty((0, self._width)), np.empty(0, np.int64)) if self._subscribed else None
+        up = self._connection.check(alive=alive)
+        return Batch(np.empty((0, self._width)), np.empty(0, np.int64)) if up else None
 
     def wait_s(self) -> float:
         """See ``Source``."""
@@ -208,51 +165,7 @@ class MqttSource:
 
     def close(self) -> None:
         """See ``Source``."""
-        self._closing = True
-        self._thread.join(2 * LOOP_S)
-        # A client that nothing ties into a circle closes all of its sockets as soon as it is let go.
-        self._client.on_connect = self._client.on_subscribe = self._client.on_message = None
-
-    def _failure(self, problem: str) -> PitheadError:
-        return PitheadError("source.failed", f"mqtt {self._given.host}:{self._port}: {problem}")
-
-    # ---- on the client's thread
-
-    def _serve(self) -> None:
-        """Connect once and receive until the connection ends; the lane decides about another."""
-        try:
-            self._client.connect(self._given.host, self._port, keepalive=30)
-            while not self._closing:
-                result = self._client.loop(LOOP_S)
-                if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
-                    self._problem = self._problem or f"connection lost: {error_string(result)}"
-                    return
-            self._client.disconnect()
-        except Exception as error:
-            # Whatever ends this thread ends the connection: said here, since nobody else sees it.
-            if not isinstance(error, OSError | ValueError):
-                log.exception("source.broke", extra={"facts": {"source": "mqtt"}})
-            self._problem = str(error) or type(error).__name__
-
-    def _connected(self, client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
-        if reason.is_failure:
-            self._problem = f"refused: {reason}"
-            return
-        topics = self._given.topics or (self._given.topic or "",)
-        options = SubscribeOptions(qos=self._given.qos)
-        client.subscribe([(topic, options) for topic in topics])
-
-    def _granted(
-        self, _client: Client, _userdata: Any, _mid: int, reasons: list[Any], _properties: Any
-    ) -> None:
-        refused = [str(r) for r in reasons if r.is_failure]
-        if refused:
-            self._problem = f"subscription refused: {', '.join(refused)}"
-        else:
-            self._subscribed = True
-
-    def _message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
-        self._rows.message(message.topic, bytes(message.payload))
+        self._connection.close()
 
 
 def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
@@ -270,15 +183,3 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
                 key=name,
             )
     return MqttSource(given, columns, clock)
-
-
-def _tls(given: MqttSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=given.ca_file)
-        if given.certificate_file is not None:
-            context.load_cert_chain(given.certificate_file, given.key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise PitheadError(
-            "source.failed", f"lanes.source: ca_file, certificate_file or key_file: {error}"
-        ) from error
-    return context
