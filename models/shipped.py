@@ -81,7 +81,7 @@ def build_apart(wanted: Order, out: Path) -> Path:
         "settings": wanted.settings,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "models.shipped", json.dumps(arguments)],
+        [sys.executable, "-P", "-m", "models.shipped", json.dumps(arguments)],
         env=os.environ | one_thread,
         capture_output=True,
         text=True,

@@ -200,7 +200,7 @@ class Children:
     def _update(self, arguments: Sequence[str], limit_s: float, cancel: threading.Event) -> Desired | None:
         """Run the update process; raise what it reports, or ``_Cancelled``."""
         action, *rest = arguments
-        command = [sys.executable, "-m", "agent.update", action, "--root", str(self.layout.root), *rest]
+        command = [sys.executable, "-P", "-m", "agent.update", action, "--root", str(self.layout.root), *rest]
         with self._update_lock(cancel) as lock:
             output, errors, status = _run(command, lock, limit_s, cancel)
         return _answer(action, output, errors, status)

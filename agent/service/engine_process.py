@@ -186,7 +186,7 @@ class EngineKeeper:
             path.replace(path.with_suffix(".log.1"))
         with path.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "agent.engine", "--socket", str(self.layout.engine_socket)],
+                [sys.executable, "-P", "-m", "agent.engine", "--socket", str(self.layout.engine_socket)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -24,7 +24,7 @@ def validate(directory: Path, *, require_sandbox: bool = False) -> dict[str, Any
     The child opens the model files in the sandbox; nothing of them is ever
     loaded here. Raises ``release.not_admitted`` with what it said.
     """
-    command = [sys.executable, "-m", "models", "validate", str(directory), "--json"]
+    command = [sys.executable, "-P", "-m", "models", "validate", str(directory), "--json"]
     if require_sandbox:
         command.append("--require-sandbox")
     # The child needs no secret that this process may have in its environment.

@@ -31,6 +31,7 @@ class SignerProcess:
         self._process = subprocess.Popen(
             [
                 sys.executable,
+                "-P",  # nothing is imported from the directory that this was started in
                 "-m",
                 "control_plane.signing.signer",
                 "--with-parent",
