@@ -74,7 +74,7 @@ def test_the_readme_s_walk_ends_with_a_model_in_service(
     walk: subprocess.CompletedProcess[str], tmp_path: Path
 ):
     assert walk.returncode == 0, walk.stdout[-4000:]
-    assert "succeeded" in walk.stdout
+    assert "succeeded" in walk.stdout, walk.stdout[-20000:]
     assert "my-first-device" in walk.stdout
     assert "BECAUSE OF" in walk.stdout or "No anomalies" in walk.stdout
     status = [sys.executable, "-m", "agent", "status", "--json", "--root", tmp_path / "device"]
