@@ -28,6 +28,12 @@ DTYPES: Final[dict[str, DTypeLike]] = {
 }
 """Numpy's name of each datatype of the Open Inference Protocol that holds numbers."""
 
+_LIMITS: Final = {
+    name: (int(np.iinfo(d).min), int(np.iinfo(d).max))
+    for name, d in ((name, np.dtype(dtype)) for name, dtype in DTYPES.items())
+    if d.kind in "iu"
+}
+
 Floats = NDArray[np.float32]
 
 
@@ -36,52 +42,65 @@ def normalise(samples: ArrayLike, mean: ArrayLike, scale: ArrayLike, clip: float
 
     Computed in float64, since counters can be large, and rounded to float32 once.
     """
-    x = (np.asarray(samples, np.float64) - np.asarray(mean, np.float64)) / np.asarray(scale, np.float64)
+    x = np.asarray(samples, np.float64) - np.asarray(mean, np.float64)
+    x /= np.asarray(scale, np.float64)
     if clip is not None:
-        np.clip(x, -clip, clip, out=x)
+        x.clip(-clip, clip, out=x)
     return x.astype(np.float32)
 
 
 def quantise(x: Floats, tensor: TensorSpec) -> NDArray[np.generic]:
     """Return ``x`` in the datatype of ``tensor``; an integer one is rounded half to even and saturated."""
-    dtype = np.dtype(DTYPES[tensor.datatype])
-    if dtype.kind not in "iu":
+    dtype = DTYPES[tensor.datatype]
+    if (limits := _LIMITS.get(tensor.datatype)) is None:
         return x.astype(dtype, copy=False)
-    limits = np.iinfo(dtype)
-    scale, zero_point = np.float32(tensor.scale or 1.0), np.float32(tensor.zero_point or 0)
-    steps = np.rint(x / scale) + zero_point
-    saturated: NDArray[np.generic] = np.clip(steps, limits.min, limits.max).astype(dtype)
-    return saturated
+    steps = np.asarray(x / np.float32(tensor.scale or 1.0))
+    np.rint(steps, out=steps)
+    steps += np.float32(tensor.zero_point or 0)
+    steps.clip(*limits, out=steps)
+    return steps.astype(dtype)
 
 
-def dequantise(y: NDArray[np.generic], tensor: TensorSpec) -> Floats:
-    """Return the real values of ``y``: (integer - zero point) * scale, or as they are when not quantised."""
-    values = y.astype(np.float32)
+def dequantise(y: NDArray[np.generic], tensor: TensorSpec, out: Floats | None = None) -> Floats:
+    """Return the real values of ``y``: (integer - zero point) * scale, or as they are when not quantised.
+
+    They are in ``out``, where that is given, and never in ``y``.
+    """
+    if out is None:
+        values = y.astype(np.float32)
+    else:
+        values = out
+        values[...] = y
     if y.dtype.kind in "iu" and tensor.scale is not None:
         values -= np.float32(tensor.zero_point or 0)
         values *= np.float32(tensor.scale)
     return values
 
 
-def squared_errors(x: Floats, output: Floats) -> Floats:
+def squared_errors(x: Floats, output: Floats, out: Floats | None = None) -> Floats:
     """Return (input - output)^2, one row per window; both have the windows on their first axis.
+
+    ``out`` may be ``output`` itself, whose values are then lost.
 
     ``x`` is the normalised input *before* quantisation, so that a variant's
     own rounding counts as its error, and the scores of variants compare.
     """
-    n = len(x)
-    difference = x.reshape(n, -1) - output.reshape(n, -1)
-    return difference * difference
+    difference = np.subtract(x, output.reshape(x.shape), out=None if out is None else out.reshape(x.shape))
+    difference *= difference
+    return difference.reshape(len(x), -1)
 
 
-def scores(score: Score, x: Floats, output: Floats) -> NDArray[np.float64]:
+def scores(score: Score, x: Floats, output: Floats, *, spend: bool = False) -> NDArray[np.float64]:
     """Return one score per window from the (dequantised) first output tensor.
 
     NaN and infinity stay what they are: the caller decides about them.
+    ``spend`` says that nobody needs ``output`` any more.
     """
     if score.method == "reconstruction_mse":
-        means: NDArray[np.float64] = squared_errors(x, output).mean(axis=1, dtype=np.float64)
-        return means
+        errors = squared_errors(x, output, output if spend else None)
+        sums: NDArray[np.float64] = np.add.reduce(errors, axis=1, dtype=np.float64)
+        sums /= errors.shape[1]
+        return sums
     values = output.reshape(len(x), -1)
     if values.shape[1] != 1:
         raise PitheadError(

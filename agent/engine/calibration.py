@@ -65,7 +65,7 @@ class Calibration:
         middle = np.median(raw, axis=(0, 1))
         spread = TO_DEVIATION * np.median(np.abs(raw - middle), axis=(0, 1))
         mean, scale = _clamp(middle, self.fit.mean_range), _clamp(spread, self.fit.scale_range)
-        scorer.mean, scorer.scale = tuple(mean.tolist()), tuple(scale.tolist())
+        scorer.normalise_by(tuple(mean.tolist()), tuple(scale.tolist()))
         scored = scorer.run_cut(normalise(raw, mean, scale, scorer.pipeline.clip))
         values = scored.scores[scored.good]
         if len(values) < ENOUGH * len(raw):

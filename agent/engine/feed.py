@@ -27,6 +27,8 @@ class Feed:
 
     def __init__(self, lane: str, clock: Clock) -> None:
         self._lane, self._clock = lane, clock
+        self._table: Table | None = None
+        self._pipeline: Pipeline | None = None
         self._key: tuple[object, ...] | None = None
         self._source: Source | None = None
         self._retry_s = FIRST_RETRY_S
@@ -40,10 +42,9 @@ class Feed:
 
         Opens it first where that is needed; a failure is kept in ``problem``.
         """
-        key = table, needs(pipeline, table)
-        if key != self._key:
-            self.close()
-            self._key, self._retry_at, self._retry_s, self.problem = key, 0, FIRST_RETRY_S, None
+        # Both are frozen, and nearly always the very ones of the poll before.
+        if table is not self._table or pipeline is not self._pipeline:
+            self._become(table, pipeline)
         try:
             if self._source is None:
                 if self._retry_at is None or self._clock.mono() < self._retry_at:
@@ -67,6 +68,13 @@ class Feed:
             self._fresh = False
             batch = replace(batch, continues=False)
         return batch
+
+    def _become(self, table: Table, pipeline: Pipeline) -> None:
+        self._table, self._pipeline = table, pipeline
+        key = table, needs(pipeline, table)
+        if key != self._key:
+            self.close()
+            self._key, self._retry_at, self._retry_s, self.problem = key, 0, FIRST_RETRY_S, None
 
     def wait_s(self) -> float:
         """Return how long it pays to wait before the next ``poll``."""

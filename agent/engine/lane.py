@@ -28,10 +28,13 @@ from agent.engine.report import Reporter
 from agent.engine.sources.base import TICK_S, Batch
 from agent.ports import FitResult, Fitted, LaneSpec, LaneState
 from contract.errors import PitheadError
+from inference.scoring import BATCH
 
 log = logging.getLogger(__name__)
 
 MOST_ROWS: Final = 1024
+MOST_VALUES: Final = 2**17
+"""Wide rows are taken fewer at a time, though never fewer than the model takes at once: caches are small."""
 SLICE_US: Final = 100_000.0
 """A batch should take about this long at most, so that the lane can answer."""
 GATHER_US: Final = 2 * TICK_S * 1e6
@@ -281,18 +284,21 @@ class Lane:
     def _score(self, served: Served, batch: Batch) -> None:
         began = self._clock.mono()
         usable = served.bounds.usable(batch.values)
-        self._report.missing(batch.lost + int((~usable).sum()))
+        self._report.missing(batch.lost + len(usable) - int(np.count_nonzero(usable)))
         windows = served.windower.push(batch.values, usable, continues=batch.continues)
         n = len(windows.starts)
         if not n:
             return
-        queued = self._clock.wall() - batch.t[windows.ends] - GATHER_US
+        latency: NDArray[np.float64] = np.subtract(self._clock.wall() - GATHER_US, batch.t[windows.ends])
+        np.maximum(latency, 0.0, out=latency)
         scored = served.scorer.run(windows)
-        around = max(0.0, self._clock.mono() - began - float(scored.run_us.sum())) / n
-        latency: NDArray[np.float64] = np.maximum(queued, 0.0) + around + scored.run_us
-        served.windows += int(scored.good.sum())
+        latency += scored.run_us
+        latency += max(0.0, self._clock.mono() - began - float(np.add.reduce(scored.run_us))) / n
+        served.windows += n
         if scored.error is not None:
-            served.errors += int((~scored.good).sum())
+            failed = n - int(np.count_nonzero(scored.good))
+            served.windows -= failed
+            served.errors += failed
             served.last_error = scored.error, began
         self._report.scored(served, batch, windows, scored, latency)
 
@@ -338,4 +344,5 @@ def _same_rows(old: Served, fresh: Served) -> bool:
 
 def _limit(served: Served) -> int:
     windows = max(1, int(SLICE_US / max(served.scorer.window_us, 1.0)))
-    return min(MOST_ROWS, windows * served.pipeline.stride)
+    rows = min(MOST_ROWS, max(BATCH, MOST_VALUES // len(served.pipeline.channels)))
+    return min(rows, windows * served.pipeline.stride)

@@ -16,6 +16,7 @@ from agent.ports import FitResult, LaneSpec
 from contract.errors import PitheadError
 from contract.manifest import FileRef, Manifest, Pipeline, Score, Variant
 from contract.package import MAX_MANIFEST, parse_manifest
+from inference.accelerators import find
 from inference.registry import open_session, read_file
 from inference.scoring import Scorer
 from inference.session import Session
@@ -52,7 +53,7 @@ class Served:
         self.fit = fit
         self.calibration = None
         self.threshold = fit.threshold
-        self.scorer.mean, self.scorer.scale = fit.mean, fit.scale
+        self.scorer.normalise_by(fit.mean, fit.scale)
 
     def recent_error(self, now: int) -> PitheadError | None:
         """Return what last went wrong, unless that is long ago."""
@@ -82,11 +83,12 @@ def key(spec: LaneSpec) -> tuple[object, ...]:
     return *_identity(spec), spec.fit, spec.binding
 
 
-def _identity(spec: LaneSpec) -> tuple[str, str, str, int]:
-    return spec.digest, spec.variant, spec.accelerator, spec.activation
+def _identity(spec: LaneSpec) -> tuple[object, ...]:
+    drives = spec.accelerator, spec.custom, spec.resources
+    return spec.digest, spec.variant, *drives, spec.activation
 
 
-def load(spec: LaneSpec, threads: int = 1) -> Served:
+def load(spec: LaneSpec) -> Served:
     """Return the version that ``spec`` names, ready to score.
 
     Raises ``package.*`` for files that are not what the manifest says, and
@@ -100,7 +102,9 @@ def load(spec: LaneSpec, threads: int = 1) -> Served:
     model = _verified(spec, variant.file)
     if spec.fit is not None:
         check_fit(spec.fit, pipeline.fit, len(pipeline.channels))
-    session = open_session(model, variant.format, spec.accelerator, threads)
+    hints = variant.accelerator_options.get(spec.accelerator)
+    accelerator = find(variant.format, spec.accelerator, spec.custom, hints)
+    session = open_session(model, variant.format, accelerator, resources=spec.resources)
     try:
         scorer = Scorer(session, pipeline, score, variant.inputs, variant.outputs)
         scorer.warm_up()

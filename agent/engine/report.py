@@ -49,26 +49,23 @@ class Reporter:
         latency_us: NDArray[np.float64],
     ) -> None:
         """Count what became of some windows, and send an anomaly for each alarm."""
-        good = scored.good
         bucket = self._bucket
-        if good.all():
+        if scored.error is None:
             bucket.add(scored.scores, latency_us)
         else:
-            bucket.errors += int((~good).sum())
+            good = scored.good
+            bucket.errors += len(good) - int(np.count_nonzero(good))
             bucket.add(scored.scores[good], latency_us[good])
-        with np.errstate(invalid="ignore"):
-            above = scored.scores > served.threshold
-        alarms = np.flatnonzero(served.debounce.alarms(above, windows.ordinals))
+        # What has no score is not above.
+        alarms = served.debounce.alarms(scored.scores > served.threshold, windows.ordinals).nonzero()[0]
         if not len(alarms):
             return
         bucket.alarms += len(alarms)
-        now = self._clock.mono()
+        sent = self._tokens.take(self._clock.mono(), len(alarms))
         anomalies: list[Anomaly | ModelSummary] = [
-            self._anomaly(served, batch, windows, scored, i)
-            for i in alarms.tolist()
-            if self._tokens.take(now)
+            self._anomaly(served, batch, windows, scored, i) for i in alarms[:sent].tolist()
         ]
-        bucket.suppressed += len(alarms) - len(anomalies)
+        bucket.suppressed += len(alarms) - sent
         if anomalies:
             self._outlet.products(anomalies)
 

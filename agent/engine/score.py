@@ -17,12 +17,19 @@ class Debounce:
 
     def alarms(self, above: NDArray[np.bool_], ordinals: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which windows are alarms; ``ordinals`` number them."""
-        if self._needed == 1:
+        if self._needed == 1 or not len(above):
             return above
-        result = np.zeros(len(above), np.bool_)
-        for i, (high, ordinal) in enumerate(zip(above.tolist(), ordinals.tolist(), strict=True)):
-            in_a_row = self._last is not None and ordinal == self._last + 1
-            self._row = (self._row if in_a_row else 0) + 1 if high else 0
-            self._last = ordinal
-            result[i] = self._row >= self._needed
+        n, place = len(above), np.arange(len(above))
+        # A row of windows begins behind one that is not above, and where one was left out.
+        begins = np.zeros(n, np.int64)
+        broken = np.flatnonzero(np.diff(ordinals) != 1) + 1
+        begins[broken] = broken
+        low = np.flatnonzero(~above)
+        begins[low] = low + 1
+        begins = np.maximum.accumulate(begins)
+        row = place + 1 - begins
+        if self._last is not None and int(ordinals[0]) == self._last + 1:
+            row[begins == 0] += self._row
+        self._row, self._last = max(0, int(row[-1])), int(ordinals[-1])
+        result: NDArray[np.bool_] = above & (row >= self._needed)
         return result

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from contract.messages import Micros, ModelSummary, Sketch
 from contract.sketch import ACCURACY, SMALLEST, SketchBuilder
 
+GATHERED: Final = 4096
+"""Values that wait to be put into a sketch together."""
 FEW: Final = 24
 """Below this many values at once, a loop is quicker than numpy."""
 _LOG_GAMMA: Final = math.log((1 + ACCURACY) / (1 - ACCURACY))
@@ -39,8 +41,41 @@ def add_all(builder: SketchBuilder, values: NDArray[np.float64]) -> None:
 def _bins(sizes: NDArray[np.float64]) -> dict[int, int]:
     if not len(sizes):
         return {}
-    index, counts = np.unique(np.ceil(np.log(sizes) / _LOG_GAMMA).astype(np.int64), return_counts=True)
-    return dict(zip(index.tolist(), counts.tolist(), strict=True))
+    index = np.ceil(np.log(sizes) / _LOG_GAMMA).astype(np.int64)
+    low = index.min()
+    counts = np.bincount(index - low)
+    seen = np.flatnonzero(counts)
+    return dict(zip((seen + low).tolist(), counts[seen].tolist(), strict=True))
+
+
+class Gathered:
+    """A sketch that takes its values many at a time: numpy costs more to call than to let work."""
+
+    def __init__(self) -> None:
+        self._sketch = SketchBuilder()
+        self._waiting = np.empty(GATHERED)
+        self._n = 0
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Take finite ``values``."""
+        n = len(values)
+        if self._n + n > GATHERED:
+            self._flush()
+            if n > GATHERED // 2:
+                add_all(self._sketch, values)
+                return
+        self._waiting[self._n : self._n + n] = values
+        self._n += n
+
+    def build(self) -> Sketch:
+        """Return the sketch of everything so far."""
+        self._flush()
+        return self._sketch.build()
+
+    def _flush(self) -> None:
+        if self._n:
+            add_all(self._sketch, self._waiting[: self._n])
+            self._n = 0
 
 
 class Bucket:
@@ -52,14 +87,14 @@ class Bucket:
         self.alarms = 0
         self.missing = 0
         self.suppressed = 0
-        self._latency = SketchBuilder()
-        self._score = SketchBuilder()
+        self._latency = Gathered()
+        self._score = Gathered()
 
     def add(self, scores: NDArray[np.float64], latency_us: NDArray[np.float64]) -> None:
         """Count windows that were scored."""
         self.windows += len(scores)
-        add_all(self._score, scores)
-        add_all(self._latency, latency_us)
+        self._score.add(scores)
+        self._latency.add(latency_us)
 
     def summary(self, head: ModelSummary, queue: int) -> ModelSummary:
         """Return the record; ``head`` says what ran and when."""
@@ -95,11 +130,10 @@ class TokenBucket:
         self._rate, self._burst = rate, burst
         self._tokens, self._at = float(burst), now
 
-    def take(self, now: Micros) -> bool:
-        """Return whether one more may pass now; ``now`` is monotonic."""
+    def take(self, now: Micros, wanted: int = 1) -> int:
+        """Return how many of ``wanted`` may pass now; ``now`` is monotonic."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) / 1e6 * self._rate)
         self._at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        passed = min(wanted, int(self._tokens))
+        self._tokens -= passed
+        return passed

@@ -1,6 +1,7 @@
 """Cut a stream of rows into windows: the last ``window`` rows, each ``stride`` rows."""
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -10,26 +11,50 @@ from contract.manifest import Channel
 
 Rows = NDArray[np.float64]
 """(rows, channels) as the source gave them; NaN where a channel is missing."""
+Values = NDArray[Any]
+COUNTED: Final = 1024
+"""Numbers that are kept ready, to count windows with."""
+SIDE_BY_SIDE: Final = 64
+"""Rows narrower than this many channels are compared several at once, which numpy does faster."""
 
 
 class Bounds:
     """What a source may deliver on each channel."""
 
     def __init__(self, channels: tuple[Channel, ...]) -> None:
-        self._low = np.array([-np.inf if c.minimum is None else c.minimum for c in channels])
-        self._high = np.array([np.inf if c.maximum is None else c.maximum for c in channels])
+        # What is between the largest finite numbers is finite.
+        most = np.finfo(np.float64).max
+        low = [-most if c.minimum is None else c.minimum for c in channels]
+        high = [most if c.maximum is None else c.maximum for c in channels]
+        self._limits = np.array([low, high], np.float64)
+        self._width = len(channels)
+        self._side_by_side = max(1, SIDE_BY_SIDE // len(channels))
+        self._many = np.tile(self._limits, self._side_by_side)
 
     def usable(self, rows: Rows) -> NDArray[np.bool_]:
         """Return for each row whether all its channels are finite and within their range."""
-        good = np.isfinite(rows) & (rows >= self._low) & (rows <= self._high)
-        return np.asarray(good.all(axis=1), np.bool_)
+        n, k = len(rows), self._side_by_side
+        if k > 1 and n % k == 0:
+            low, high = self._many
+            good = _between(rows.reshape(n // k, -1), low, high).reshape(n, self._width)
+        else:
+            low, high = self._limits
+            good = _between(rows, low, high)
+        # Nearly always all are, which is found out much faster than which.
+        return np.ones(n, np.bool_) if good.all() else np.logical_and.reduce(good, axis=1)
+
+
+def _between(rows: Rows, low: Rows, high: Rows) -> NDArray[np.bool_]:
+    good = np.greater_equal(rows, low)
+    good &= rows <= high
+    return good
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
     """The windows that one batch of rows completes."""
 
-    rows: Rows
+    parts: tuple[Rows, ...]
     """The rows that the windows need: those kept from before, then the batch."""
     starts: NDArray[np.intp]
     """Index into ``rows`` of each window's first row."""
@@ -37,13 +62,33 @@ class Windows:
     """Index into the *batch* of each window's last row."""
     ordinals: NDArray[np.int64]
     """Number of each window; a hole is a window with an unusable row, or a break in the stream."""
+    stride: int | None = None
+    """Rows from one window to the next, where all are there; None where some were left out."""
 
-    def cut(self, values: NDArray[np.float32], window: int) -> NDArray[np.float32]:
-        """Return (windows, window, channels) of ``values``, which has one row for each of ``rows``."""
+    @property
+    def rows(self) -> Rows:
+        """All ``parts`` in one, which may cost a copy."""
+        return self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+
+    def cut(self, values: Values, window: int) -> Values:
+        """Return (windows, window, channels) of ``values``, which has one row for each of ``rows``.
+
+        A view wherever no window was left out: read it only.
+        """
+        n, width = len(self.starts), values.shape[1]
+        if not n:
+            return np.empty((0, window, width), values.dtype)
+        if self.stride is not None and values.flags.c_contiguous:
+            row, item = values.strides
+            return np.ndarray(
+                (n, window, width),
+                values.dtype,
+                values,
+                int(self.starts[0]) * row,
+                (self.stride * row, row, item),
+            )
         if window == 1:
             return values[self.starts][:, None, :]
-        if not len(self.starts):
-            return np.empty((0, window, values.shape[1]), np.float32)
         views = sliding_window_view(values, window, axis=0)[self.starts]
         return np.ascontiguousarray(views.transpose(0, 2, 1))
 
@@ -61,6 +106,7 @@ class Windower:
         self._tail_usable: NDArray[np.bool_] = np.empty(0, np.bool_)
         self._until_next = window
         self._ordinal = 0
+        self._count = np.arange(COUNTED)
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -75,24 +121,30 @@ class Windower:
         """
         if not continues:
             self.reset()
-        kept = len(self._tail)
-        block = np.concatenate([self._tail, rows]) if kept else rows
+        kept, n, stride = len(self._tail), len(rows), self.stride
         good = np.concatenate([self._tail_usable, usable]) if kept else usable
-        ends = np.arange(self._until_next - 1, len(rows), self.stride, dtype=np.intp)
-        ordinals = self._ordinal + np.arange(len(ends), dtype=np.int64)
-        if len(ends):
-            self._until_next = int(ends[-1]) + 1 + self.stride
-            self._ordinal += len(ends)
-        self._until_next -= len(rows)
-        starts = ends + (kept - self.window + 1)
-        if len(ends) and not good.all():
+        found = max(0, (n - self._until_next) // stride + 1)
+        if found > len(self._count):
+            self._count = np.arange(2 * found)
+        count = self._count[:found]
+        ends = (self._until_next - 1) + (count * stride if stride > 1 else count)
+        ordinals = count + self._ordinal
+        self._ordinal += found
+        self._until_next += found * stride - n
+        starts = ends + (kept - self.window + 1) if self.window > 1 else ends
+        whole_grid = True
+        if found and not good.all():
             bad_before = np.concatenate([[0], np.cumsum(~good)])
             whole = bad_before[starts + self.window] == bad_before[starts]
+            whole_grid = bool(whole.all())
             starts, ends, ordinals = starts[whole], ends[whole], ordinals[whole]
-        keep = min(self.window - 1, len(block))
-        self._tail = block[len(block) - keep :].copy()
-        self._tail_usable = good[len(good) - keep :].copy()
-        return Windows(block, starts, ends, ordinals)
+        parts = (self._tail, rows) if kept else (rows,)
+        if self.window > 1:
+            keep = min(self.window - 1, kept + n)
+            some = rows[max(0, n - keep) :]
+            self._tail = np.concatenate([self._tail[kept + len(some) - keep :], some])
+            self._tail_usable = good[len(good) - keep :].copy()
+        return Windows(parts, starts, ends, ordinals, stride if whole_grid else None)
 
     def reset(self) -> None:
         """Forget what came before; the next window needs ``window`` new rows."""
