@@ -22,10 +22,29 @@ EXAMPLES = """examples:
   pithead-agent status --json
   pithead-agent doctor                  what keeps this device from working
   pithead-agent serve models/           serve models here, without a fleet (see serve --help)
+  pithead-agent probe packages/pump      what each variant costs on each accelerator here
   pithead-agent recalibrate LANE        fit a lane's model to its source anew
 
 SIGTERM and SIGINT end `run` and its engine; SIGHUP ends `run` alone: the
 engine goes on, and the next `run` finds it.
+"""
+
+
+PROBE_EXAMPLES = """examples:
+  pithead-agent probe packages/pump          a package: each variant against its golden vectors
+  pithead-agent probe detector.tflite        a bare file: against the runtime's own kernels
+  pithead-agent probe packages/pump --json | jq .choice
+  PITHEAD_AGENT_ENGINE_THREADS=2 pithead-agent probe detector.onnx
+
+`nodes` are those that the accelerator took, of all; what took none is not
+used. The exit status is 1 when nothing passed. Accelerators of this device's
+own stand in agent.toml, for example
+
+  [accelerators.my-npu]
+  format = "tflite"
+  library = "/usr/lib/libmy_npu_delegate.so"
+  options = { cores = 2 }
+  devices = ["/dev/my-npu0"]
 """
 
 
@@ -90,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(act=_doctor)
 
+    probe = commands.add_parser(
+        "probe",
+        parents=[common],
+        help="measure a model on all that this device has, and say what would be chosen",
+        description="Try each variant on each accelerator in a sandbox: golden vectors, time and memory.",
+        epilog=PROBE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    probe.add_argument("model", type=Path, metavar="MODEL", help="a package's directory, or a model file")
+    probe.add_argument("--json", action="store_true", help="for programs")
+    probe.set_defaults(act=_probe)
+
     commands.add_parser("serve", add_help=False, help="serve models on this machine, without a fleet")
     return parser
 
@@ -128,6 +159,17 @@ def _status(layout: Layout, options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(status.render(found))
     return 0
+
+
+def _probe(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+    from agent.service import probe  # noqa: PLC0415
+
+    settings = wiring.read_settings(layout)
+    require = settings.probe.require == "full"
+    found = probe.examine(options.model, settings.accelerators, settings.engine, require_sandbox=require)
+    sys.stdout.write(probe.as_json(found) if options.json else probe.render(found))
+    return 0 if found.choice is not None else 1
 
 
 def _recalibrate(layout: Layout, options: argparse.Namespace) -> int:

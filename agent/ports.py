@@ -21,6 +21,7 @@ from contract.messages import (
     Text,
     Version,
 )
+from inference.accelerators import Custom, Resources
 
 MAX_IPC_MESSAGE: Final = 8 * 1024 * 1024
 
@@ -40,8 +41,8 @@ class FitResult(Struct, frozen=True):
 class LaneSpec(Struct, frozen=True, omit_defaults=True):
     """One lane as it shall be: a source, a version of a model, and where its files lie.
 
-    A change of ``digest``, ``variant``, ``accelerator``, ``activation`` or
-    ``fit`` loads a new session beside the old one and then swaps. A lane
+    A change of ``digest``, ``variant``, ``accelerator`` (or its settings),
+    ``resources``, ``activation`` or ``fit`` loads a new session beside the old one and then swaps. A lane
     whose manifest asks for a fit and that has none calibrates first; so does
     one whose ``binding`` changes.
     """
@@ -63,6 +64,9 @@ class LaneSpec(Struct, frozen=True, omit_defaults=True):
     fit: FitResult | None = None
     binding: Label = ""
     """What a fit holds for: changes with the source, and when a person asks for another calibration."""
+    custom: dict[str, Custom] = {}
+    """The device's own settings of ``accelerator``."""
+    resources: Resources = Resources()
 
 
 # --- supervisor -> engine

@@ -49,6 +49,7 @@ from agent.update import verified
 from contract.bundle import DeviceFacts
 from contract.errors import PitheadError
 from inference import registry
+from inference.circumstances import circumstances
 
 if TYPE_CHECKING:
     from agent.service.doctor import Finding
@@ -195,9 +196,10 @@ def machine(settings: AgentSettings, identity: Identity) -> Machine:
         formats=frozenset(
             name for name, runtime in registry.RUNTIMES.items() if any(p in found for p in runtime.packages)
         ),
-        accelerators=registry.accelerators(),
+        accelerators=registry.accelerators(settings.accelerators),
         runtimes=found,
         agent_version=agent_version(),
+        circumstances=circumstances(settings.accelerators, settings.engine),
     )
 
 
@@ -277,12 +279,14 @@ def build(layout: Layout, settings: AgentSettings, identity: Identity) -> Superv
             fraction=random.random,
             world=world,
             outbox=outbox,
-            engine=EngineKeeper(layout, post, fraction=random.random),
+            engine=EngineKeeper(layout, post, fraction=random.random, cpus=settings.engine.cpus),
             children=Children(
                 layout,
                 post,
                 server=settings.server.url or identity.server,
                 require_sandbox=settings.probe.require == "full",
+                custom=settings.accelerators,
+                resources=settings.engine,
             ),
             poller=poller,
             link=link,

@@ -62,13 +62,15 @@ def cost(report: ProbeReport, *, energy: bool) -> float:
     return report.energy_uj if energy and report.energy_uj is not None else report.latency_p50_us
 
 
-def choose(reports: Sequence[ProbeReport], manifest: Manifest) -> Choice:
+def choose(reports: Sequence[ProbeReport], manifest: Manifest | None) -> Choice:
     """Return the cheapest of what passed; energy counts where it was measured for all, else time.
 
+    Without a manifest the reports' own order is that of expectation.
     Raises the failure's own code when nothing passed and all failed alike,
     else ``probe.no_variant`` with every reason.
     """
-    order = {(v.name, a): i for i, (v, a) in enumerate(_expected(manifest))}
+    expected = [] if manifest is None else _expected(manifest)
+    order = {pair: i for i, pair in enumerate(expected)}
     passed = sorted(
         (r for r in reports if r.passed), key=lambda r: order.get((r.variant, r.accelerator), len(order))
     )
@@ -92,9 +94,9 @@ def best(passed: Sequence[ProbeReport]) -> Choice:
     return Choice(found.variant, found.accelerator, found, _why(found, passed, energy=energy))
 
 
-def _expected(manifest: Manifest) -> Iterator[tuple[Variant, str]]:
+def _expected(manifest: Manifest) -> list[tuple[str, str]]:
     every = [a for v in manifest.variants for a in v.accelerators]
-    return candidates(manifest, None, every, "any")
+    return [(v.name, a) for v, a in candidates(manifest, None, every, "any")]
 
 
 def _why(found: ProbeReport, passed: Sequence[ProbeReport], *, energy: bool) -> str:
@@ -116,5 +118,5 @@ def _why(found: ProbeReport, passed: Sequence[ProbeReport], *, energy: bool) -> 
 
 def _little(found: ProbeReport) -> str:
     return (
-        f"first whose run is below {NEGLIGIBLE_US:.0f} us ({found.latency_p50_us:.1f}): none can gain on it"
+        f"a run takes {found.latency_p50_us:.1f} us; under {NEGLIGIBLE_US:.0f} us nobody notices a better one"
     )

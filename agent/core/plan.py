@@ -5,7 +5,7 @@ message cannot change the answer. Models are independent of each other; each
 has at most one step at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, Literal
 
 from msgspec import Struct
@@ -35,6 +35,8 @@ class Package(Struct, frozen=True):
     """Variants that this device could run, in the order in which they are to be tried."""
     complete: frozenset[Name] = frozenset()
     """Variants whose files are all here."""
+    measured: frozenset[Name] = frozenset()
+    """Variants that passed their probe, while another might be cheaper."""
 
 
 class Failure(Struct, frozen=True):
@@ -60,6 +62,8 @@ class Observed(Struct, frozen=True):
     """When the next try may begin, by the monotonic clock."""
     verdict: Verdict = Verdict()
     """On what serves: the trial, or the active version."""
+    stale: frozenset[Sha256] = frozenset()
+    """Installed versions whose accelerator was chosen under another system, runtime or driver."""
 
 
 class Fetch(Struct, frozen=True):
@@ -70,10 +74,20 @@ class Fetch(Struct, frozen=True):
 
 
 class Probe(Struct, frozen=True):
-    """Try a variant in a process of its own; when it passes, it becomes the standby."""
+    """Try a variant in a process of its own; when it passes, and none can be cheaper, it becomes the standby.
+
+    With ``again`` it serves already, and only its accelerator is chosen anew.
+    """
 
     wanted: ModelAssignment
     variant: Name
+    again: bool = False
+
+
+class Stage(Struct, frozen=True):
+    """Make the cheapest of the measured variants the standby."""
+
+    wanted: ModelAssignment
 
 
 class Activate(Struct, frozen=True):
@@ -120,7 +134,7 @@ class Remove(Struct, frozen=True):
     """Forget a model that is wanted no more."""
 
 
-Step = Fetch | Probe | Activate | Confirm | Rollback | Fallback | Reject | Discard | Remove
+Step = Fetch | Probe | Stage | Activate | Confirm | Rollback | Fallback | Reject | Discard | Remove
 TASKS: Final = (Fetch, Probe)
 """Steps that take time and run beside the loop; all others are one durable write."""
 
@@ -174,7 +188,7 @@ def _toward_active(goal: Goal, seen: Observed, now: float) -> Step | None:
         return _fall_back(None, seen)
     digest, active = wanted.manifest_sha256, slots.active
     if active is not None and active.digest == digest and active.activation >= wanted.activation:
-        return _fall_back(wanted, seen) or _repair(wanted, seen, now)
+        return _fall_back(wanted, seen) or _repair(wanted, seen, now) or _again(wanted, active, seen, now)
     if slot.rejection(slots, wanted) is not None:
         return _fall_back(wanted, seen)
     if slots.find(digest) is not None and digest not in seen.broken:
@@ -245,22 +259,42 @@ def _repair(wanted: ModelAssignment, seen: Observed, now: float) -> Step | None:
     return _fetch(wanted, seen, now) if wanted.manifest_sha256 in seen.broken else None
 
 
+def _again(wanted: ModelAssignment, active: Serving, seen: Observed, now: float) -> Step | None:
+    """Choose the accelerator anew where system, runtime or driver are not those of the last choice."""
+    digest = wanted.manifest_sha256
+    package = seen.packages.get(digest)
+    if digest not in seen.stale or now < seen.not_before.get(digest, now):
+        return None
+    variant = active.installed.variant
+    known = package is not None and variant in package.candidates and variant in package.complete
+    return Probe(wanted, variant, again=True) if known else None
+
+
 def _prepare(wanted: ModelAssignment, seen: Observed, now: float) -> Step | None:
+    package = seen.packages.get(wanted.manifest_sha256)
+    passed = package is not None and bool(package.measured)
     failure = seen.failures.get(wanted.manifest_sha256)
     if failure is not None:
-        return Reject(wanted, failure, final=failure.variant is None)
-    package = seen.packages.get(wanted.manifest_sha256)
+        # What has passed is not given up for want of what might be cheaper.
+        alone = failure.variant is None and not passed
+        return Stage(wanted) if failure.variant is None and passed else Reject(wanted, failure, final=alone)
     if package is None:
         return _fetch(wanted, seen, now)
     out = slot.rejected_variants(seen.slots, wanted)
-    variant = next((v for v in package.candidates if v not in out), None)
+    variant = _next(package, out)
+    waits = now < seen.not_before.get(wanted.manifest_sha256, now)
+    if passed and (variant is None or waits):
+        return Stage(wanted)
     if variant is None:
         return Reject(wanted, _why_none(package, out), final=True)
     if variant not in package.complete:
         return _fetch(wanted, seen, now)
-    if now < seen.not_before.get(wanted.manifest_sha256, now):
-        return None
-    return Probe(wanted, variant)
+    return None if waits else Probe(wanted, variant)
+
+
+def _next(package: Package, out: Collection[Name]) -> Name | None:
+    """Return the most preferred variant that is neither out nor measured."""
+    return next((v for v in package.candidates if v not in out and v not in package.measured), None)
 
 
 def _fetch(wanted: ModelAssignment, seen: Observed, now: float) -> Step | None:
@@ -274,7 +308,7 @@ def _fetch(wanted: ModelAssignment, seen: Observed, now: float) -> Step | None:
     if installed is not None:
         return Fetch(wanted, installed.variant)
     out = slot.rejected_variants(seen.slots, wanted)
-    return Fetch(wanted, next(v for v in package.candidates if v not in out))
+    return Fetch(wanted, _next(package, out))
 
 
 def _why_none(package: Package, out: Mapping[Name, slot.Rejected]) -> Failure:

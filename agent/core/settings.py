@@ -8,6 +8,7 @@ from msgspec import Meta, Struct
 
 from contract.errors import PitheadError
 from contract.messages import Name
+from inference.accelerators import Custom, Resources
 
 SOURCE_KINDS: Final = ("http", "modbus", "mqtt", "opcua", "replay", "sparkplug", "system")
 """Sensor sources of the house; each is a module in ``agent.engine.sources``."""
@@ -41,6 +42,8 @@ class Probe(Struct, frozen=True, forbid_unknown_fields=True):
 
     require: Literal["detect", "full"] = "detect"
     """``full`` refuses every new model where the kernel offers less than the whole sandbox."""
+    compare: Literal["variants", "first"] = "variants"
+    """``first`` takes the first variant that passes, and downloads no other to compare it with."""
 
 
 class Lane(Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +61,10 @@ class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     broker: Broker = Broker()
     storage: Storage = Storage()
     probe: Probe = Probe()
+    engine: Resources = Resources()
+    """What the device lends to its models."""
+    accelerators: dict[Name, Custom] = {}
+    """Of this device's own, or other options for one that is known (docs/accelerators.md)."""
     lanes: tuple[Lane, ...] = ()
     hardware: str | None = None
     """Kind of device; defaults to what was said at enrolment."""
@@ -68,6 +75,7 @@ SECTIONS: Final[dict[str, type[Struct]]] = {
     "broker": Broker,
     "storage": Storage,
     "probe": Probe,
+    "engine": Resources,
 }
 PREFIX: Final = "PITHEAD_AGENT_"
 

@@ -111,6 +111,13 @@ def stage(slots: Slots, installed: Installed) -> Slots:
     return msgspec.structs.replace(slots, standby=installed)
 
 
+def choose_again(slots: Slots, installed: Installed) -> Slots:
+    """Run the active version as another variant or on another accelerator; its order stays."""
+    if slots.active is None or slots.active.digest != installed.digest:
+        return slots
+    return msgspec.structs.replace(slots, active=msgspec.structs.replace(slots.active, installed=installed))
+
+
 def discard_standby(slots: Slots) -> Slots:
     """Give up a standby that is wanted no more."""
     return msgspec.structs.replace(slots, standby=None)

@@ -1,6 +1,7 @@
 """``python -m agent.engine --socket PATH``: the data plane, which stays when its supervisor goes."""
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import logging
@@ -37,12 +38,16 @@ def main() -> int:
     """Run until SIGTERM, or until a newer engine has taken the socket."""
     parser = argparse.ArgumentParser(prog="python -m agent.engine", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on")
+    parser.add_argument("--cpus", metavar="N,N", default="", help="processors to run on; default: all")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     arguments = parser.parse_args()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
     faulthandler.enable()
+    # Before there are other threads: they inherit it.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {int(n) for n in arguments.cpus.split(",") if n} or os.sched_getaffinity(0))
     clock = Clock(wall=lambda: time.time_ns() // 1000, mono=lambda: time.monotonic_ns() // 1000)
     try:
         server = Server(arguments.socket, clock, installed())

@@ -23,6 +23,7 @@ from contract.errors import ERRORS, PitheadError
 from contract.manifest import Manifest
 from contract.messages import Desired, Name, Sha256
 from inference import probing
+from inference.accelerators import NO_LIMITS, CustomTable, Resources
 
 log = logging.getLogger(__name__)
 REFRESH_S: Final = 120.0
@@ -52,9 +53,21 @@ class UpdateAnswer(Struct, frozen=True):
 class Children:
     """Runs at most one step per model, and one update process and one probe at a time."""
 
-    def __init__(self, layout: Layout, post: Post, *, server: str, require_sandbox: bool = False) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        post: Post,
+        *,
+        server: str,
+        require_sandbox: bool = False,
+        custom: CustomTable | None = None,
+        resources: Resources = NO_LIMITS,
+    ) -> None:
+        """``custom`` and ``resources`` are the tables ``[accelerators]`` and ``[engine]`` of the settings."""
         self.layout = layout
         self.require_sandbox = require_sandbox
+        self._custom = custom
+        self._resources = resources
         self.server = server
         self._post = post
         self._running: dict[Name, tuple[Fetch | Probe, threading.Event]] = {}
@@ -99,7 +112,7 @@ class Children:
             ).start()
 
     def probe(self, step: Probe, manifest: Manifest, files: Mapping[str, Path]) -> None:
-        """Probe one variant; ``Probed`` tells how it went."""
+        """Probe one variant on what this device has for it; ``Probed`` tells how it went."""
         cancel = self._begin(step)
         if cancel is not None:
             threading.Thread(
@@ -187,7 +200,9 @@ class Children:
                 variants=[step.variant],
                 limits=LIMITS,
                 require_sandbox=self.require_sandbox,
-                first_only=True,
+                until_settled=True,
+                custom=self._custom,
+                resources=self._resources,
             )
             result = probing.choose(reports, manifest)
         except PitheadError as error:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -43,8 +43,12 @@ _decoder = msgspec.msgpack.Decoder(FromEngine)
 class EngineKeeper:
     """One thread that connects to the engine, starts one when none answers, and reads what it says."""
 
-    def __init__(self, layout: Layout, post: Post, *, fraction: Callable[[], float]) -> None:
+    def __init__(
+        self, layout: Layout, post: Post, *, fraction: Callable[[], float], cpus: Sequence[int] = ()
+    ) -> None:
+        """``cpus`` are those that a new engine runs on; all, where none is named."""
         self.layout = layout
+        self._cpus = cpus
         self._post = post
         self._fraction = fraction
         self._leaving = threading.Event()
@@ -184,9 +188,12 @@ class EngineKeeper:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size > LOG_BYTES:
             path.replace(path.with_suffix(".log.1"))
+        command = [sys.executable, "-P", "-m", "agent.engine", "--socket", str(self.layout.engine_socket)]
+        if self._cpus:
+            command += ["--cpus", ",".join(map(str, self._cpus))]
         with path.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "agent.engine", "--socket", str(self.layout.engine_socket)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

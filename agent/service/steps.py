@@ -15,7 +15,7 @@ from agent.service.world import World, installed_from, lookup, variant_files
 from contract.errors import PitheadError
 from contract.manifest import Manifest, target_path
 from contract.messages import Aftermath, AssignmentState, ModelAssignment, Name, Sha256
-from inference.probing import Choice
+from inference.probing import Choice, choose, settled
 
 log = logging.getLogger(__name__)
 PROBES: Final = "probes/"
@@ -80,6 +80,9 @@ class Steps:
             self._world.slots.remove(model_name)
             log.info("model.removed", extra={"facts": {"model": model_name}})
             return True
+        if isinstance(step, plan.Stage):
+            self._stage(step.wanted)
+            return True
         after = self._change(before, step)
         self._world.slots.save(after)
         self._log(step, after)
@@ -127,25 +130,63 @@ class Steps:
             self._world.state.put({_probe_key(task): begun - 1 if begun > 1 else None})
 
     def probed(self, event: Probed) -> None:
-        """Note how a probe ended; a version that passed becomes the standby. Raises ``storage.*``."""
+        """Note how a probe ended; what none can be cheaper than becomes the standby. Raises ``storage.*``."""
         step, result = event.step, event.result
         wanted, digest = step.wanted, step.wanted.manifest_sha256
         self._world.state.put({_probe_key(step): None})
         if not self._world.wants(wanted):
             return
-        manifest = self._world.manifest(wanted)
-        if isinstance(result, Choice) and manifest is not None:
-            variant = lookup(manifest, step.variant)
-            after = slots.stage(
-                self._world.slots.get(wanted.model_name),
-                installed_from(wanted, variant, result.accelerator),
-            )
-            self._world.slots.save(after)
-            self._world.troubles.pop(digest, None)
-            self._reporter.receipt(wanted, Standing(AssignmentState.PROBED), _probe_facts(result))
-            log.info("slot.staged", extra={"facts": _about(wanted) | {"variant": variant.name}})
+        if step.again:
+            self._chosen_again(step, result)
         elif isinstance(result, PitheadError):
             self._probe_failed(step, result)
+        else:
+            self._world.measured.setdefault(digest, {})[step.variant] = result.report
+            if settled(result.report) or self._world.settings.probe.compare == "first":
+                self._stage(wanted)
+
+    def _stage(self, wanted: ModelAssignment) -> None:
+        """Put the cheapest of the variants that passed into standby."""
+        digest, manifest = wanted.manifest_sha256, self._world.manifest(wanted)
+        measured = self._world.measured.get(digest)
+        if manifest is None or not measured:
+            return
+        choice = choose(list(measured.values()), manifest)
+        variant = lookup(manifest, choice.variant)
+        self._world.chosen(digest)
+        self._world.slots.save(
+            slots.stage(
+                self._world.slots.get(wanted.model_name), installed_from(wanted, variant, choice.accelerator)
+            )
+        )
+        self._world.measured.pop(digest)
+        self._world.troubles.pop(digest, None)
+        self._world.failures.pop(digest, None)
+        self._reporter.receipt(wanted, Standing(AssignmentState.PROBED), _probe_facts(choice))
+        facts = {"variant": choice.variant, "accelerator": choice.accelerator, "why": choice.why}
+        log.info("slot.staged", extra={"facts": _about(wanted) | facts})
+
+    def _chosen_again(self, step: plan.Probe, result: Choice | PitheadError) -> None:
+        """Run what serves on what is best now; where nothing passed, leave it to its health."""
+        wanted, digest = step.wanted, step.wanted.manifest_sha256
+        manifest, found = self._world.manifest(wanted), self._world.slots.get(wanted.model_name)
+        facts = _about(wanted) | {"variant": step.variant, "changed": self._world.changes(digest)}
+        if isinstance(result, PitheadError):
+            log.warning(
+                "choice.failed", extra={"facts": facts | {"code": result.code, "detail": result.detail}}
+            )
+            tried = self._tries.get((digest, step.variant), 0) + 1
+            if result.code in RETRY_PROBE and tried < PROBE_TRIES:
+                self._later(digest, step.variant, result)
+                return
+        elif manifest is not None:
+            installed = installed_from(wanted, lookup(manifest, result.variant), result.accelerator)
+            self._world.slots.save(slots.choose_again(found, installed))
+            facts |= {"accelerator": result.accelerator, "why": result.why}
+            log.info("choice.repeated", extra={"facts": facts})
+        self._tries.pop((digest, step.variant), None)
+        self._world.troubles.pop(digest, None)
+        self._world.chosen(digest)
 
     def _probe_failed(self, step: plan.Probe, error: PitheadError) -> None:
         digest = step.wanted.manifest_sha256
@@ -179,6 +220,9 @@ class Steps:
         if manifest is None or self._children.probing:
             return
         begun = self._world.state.get(_probe_key(step), int) or 0
+        if begun >= MAX_PROBES and step.again:
+            self._world.chosen(step.wanted.manifest_sha256)
+            return
         if begun >= MAX_PROBES:
             self._world.failures[step.wanted.manifest_sha256] = plan.Failure(
                 "probe", "probe.crashed", f"the device went down in {begun} probes", step.variant
@@ -275,7 +319,8 @@ def _rejected(step: plan.Reject) -> slots.Rejected:
 
 
 def _probe_key(step: plan.Probe) -> str:
-    return f"{PROBES}{step.wanted.manifest_sha256}/{step.variant}/{step.wanted.attempt}"
+    again = "/again" if step.again else ""
+    return f"{PROBES}{step.wanted.manifest_sha256}/{step.variant}/{step.wanted.attempt}{again}"
 
 
 def _probe_facts(choice: Choice) -> Facts:
@@ -289,6 +334,9 @@ def _probe_facts(choice: Choice) -> Facts:
         "latency_p50_us": report.latency_p50_us,
         "latency_p99_us": report.latency_p99_us,
         "memory_mb": report.memory_mb,
+        "energy_uj": report.energy_uj,
+        "nodes": f"{report.placement.nodes_on(report.accelerator)} of {report.placement.total}",
+        "why": choice.why,
         "load_ms": report.load_ms,
         "sandbox": None if report.sandbox is None else report.sandbox.level,
     }

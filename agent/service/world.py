@@ -23,11 +23,14 @@ from contract.errors import PitheadError
 from contract.manifest import FileRef, Manifest, Variant
 from contract.messages import Desired, ErrorCode, ModelAssignment, Name, Reporting, Sha256
 from contract.package import parse_manifest
+from inference.circumstances import differences
+from inference.probing import ProbeReport
 
 log = logging.getLogger(__name__)
 DESIRED: Final = "desired"
 ETAG: Final = "etag"
 FIT: Final = "fit/"
+CHOSEN: Final = "chosen/"
 
 
 class Machine(Struct, frozen=True):
@@ -42,6 +45,8 @@ class Machine(Struct, frozen=True):
     accelerators: tuple[str, ...]
     runtimes: dict[str, str]
     agent_version: str
+    circumstances: dict[str, str] = {}
+    """What a choice by measurement depends on."""
 
 
 class World:
@@ -71,6 +76,8 @@ class World:
         """When each lane spoke last, by the monotonic clock."""
         self.failures: dict[Sha256, plan.Failure] = {}
         self.not_before: dict[Sha256, float] = {}
+        self.measured: dict[Sha256, dict[Name, ProbeReport]] = {}
+        """Variants that passed, while others may be cheaper. Lost with the process, and measured anew."""
         self.troubles: dict[Sha256, tuple[ErrorCode, str]] = {}
         """Errors that will be tried again, by digest."""
         self._crashed: dict[Name, tuple[Serving, str]] = {}
@@ -84,6 +91,8 @@ class World:
         self._unusable: dict[Sha256, plan.Failure] = {}
         """Manifests that are here and mean nothing."""
         self._fits: dict[str, FitResult] = state.scan(FIT, FitResult)
+        self._chosen: dict[Sha256, dict[str, str] | None] = {}
+        """Circumstances of the choices, as far as they were looked up."""
 
     @property
     def reporting(self) -> Reporting:
@@ -96,7 +105,7 @@ class World:
         self.desired = desired
         self.taken += 1
         wanted = {a.manifest_sha256 for a in desired.models}
-        for old in (self.failures, self.troubles, self.not_before):
+        for old in (self.failures, self.troubles, self.not_before, self.measured):
             for digest in old.keys() - wanted:
                 old.pop(digest)
 
@@ -228,6 +237,10 @@ class World:
         digests |= {a.manifest_sha256 for a in (self.desired.models if self.desired is not None else ())}
         self._manifests = {d: m for d, m in self._manifests.items() if d in digests}
         self._unusable = {d: f for d, f in self._unusable.items() if d in digests}
+        old = [key for key in self.state.scan(CHOSEN, dict[str, str]) if key not in digests]
+        if old:
+            self.state.put({CHOSEN + key: None for key in old})
+            self._chosen = {d: c for d, c in self._chosen.items() if d in digests}
         gone = [key for key in self._fits if key.split("/")[1] not in digests]
         if gone:
             self.state.put({FIT + key: None for key in gone})
@@ -238,7 +251,7 @@ class World:
         for wanted in goal.assignments:
             manifest = self.manifest(wanted)
             if manifest is not None:
-                packages[wanted.manifest_sha256] = self._package(manifest)
+                packages[wanted.manifest_sha256] = self._package(wanted, manifest)
         return plan.Observed(
             slots=found,
             packages=packages,
@@ -246,14 +259,28 @@ class World:
             failures=self.failures,
             not_before=self.not_before,
             verdict=self._verdict(found, now),
+            stale=frozenset(i.digest for i in found.installed() if self.changes(i.digest)),
         )
 
-    def _package(self, manifest: Manifest) -> plan.Package:
+    def changes(self, digest: Sha256) -> dict[str, str]:
+        """Return what is not as it was when a version's accelerator was chosen."""
+        if digest not in self._chosen:
+            self._chosen[digest] = self.state.get(CHOSEN + digest, dict[str, str])
+        before = self._chosen[digest]
+        return {} if before is None else differences(before, self.machine.circumstances)
+
+    def chosen(self, digest: Sha256) -> None:
+        """Note durably under which circumstances an accelerator was chosen. Raises ``storage.*``."""
+        self.state.put({CHOSEN + digest: self.machine.circumstances})
+        self._chosen[digest] = self.machine.circumstances
+
+    def _package(self, wanted: ModelAssignment, manifest: Manifest) -> plan.Package:
         fitting = self.candidates(manifest)
         complete = frozenset(
             v.name for v in fitting if all(self.objects.has(r.sha256, r.length) for r in variant_files(v))
         )
-        return plan.Package(tuple(v.name for v in fitting), complete)
+        measured = frozenset(self.measured.get(wanted.manifest_sha256, {}))
+        return plan.Package(tuple(v.name for v in fitting), complete, measured)
 
     def _verdict(self, found: Slots, now: float) -> health.Verdict:
         name, trial = found.model_name, found.trial
@@ -321,6 +348,10 @@ class World:
             activation=serving.activation,
             fit=self._fits.get(self._fit_key(installed.digest, lane.name, binding)),
             binding=binding,
+            custom={
+                name: c for name, c in self.settings.accelerators.items() if name == installed.accelerator
+            },
+            resources=self.settings.engine,
         )
 
     def _asked(self, lane: str) -> str:

@@ -1,7 +1,6 @@
 """TensorFlow Lite: LiteRT where it is installed, else tflite-runtime."""
 
 import base64
-import ctypes
 import importlib.metadata
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from contract.errors import PitheadError
 from contract.manifest import Datatype, TensorSpec
 from inference.accelerators import NO_LIMITS, Accelerator, Resources, find
 from inference.reports import Placement
+from inference.runtimes.delegate import Delegate
 from inference.session import Array, InputGate, counted, datatype_of, first_line, missing
 
 try:
@@ -130,19 +130,13 @@ class TfliteSession:
         return any(op["op_name"] == _DELEGATE for op in self._interpreter._get_ops_details())  # noqa: SLF001
 
 
-def _delegate(wanted: Accelerator) -> Any:
+def _delegate(wanted: Accelerator) -> Delegate | None:
     """Return the delegate that an accelerator is, or None for those that LiteRT has in itself."""
-    if not wanted.library:
-        if wanted.name not in {"cpu", "xnnpack"}:
-            raise missing(wanted, "names no delegate library")
-        return None
-    try:
-        # Its own loader leaves half an object behind when there is no such library.
-        ctypes.CDLL(wanted.library)
-        return tflite.load_delegate(wanted.library, dict(wanted.options))
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:500]
-        raise missing(wanted, f"needs {wanted.library}: {reason}") from error
+    if wanted.library:
+        return Delegate(wanted)
+    if wanted.name not in {"cpu", "xnnpack"}:
+        raise missing(wanted, "names no delegate library")
+    return None
 
 
 def _placement(operators: Sequence[Mapping[str, Any]], accelerator: str) -> Placement:

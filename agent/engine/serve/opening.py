@@ -18,6 +18,7 @@ from agent.engine.serve.verdicts import Verdict, Verdicts
 from contract.errors import PitheadError
 from contract.manifest import Manifest, TensorSpec, Variant
 from inference import probing
+from inference.accelerators import find
 from inference.registry import open_session, read_file
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def open_package(manifest: Manifest, directory: Path, verdicts: Verdicts, thread
     known = verdicts.find(digest)
     if known is None:
         files = {ref.path: directory / ref.path for ref in manifest.files()}
-        reports = probing.probe(manifest, files, first_only=True)
+        reports = probing.probe(manifest, files, until_settled=True)
         choice = probing.choose(reports, manifest)
         sandbox = choice.report.sandbox.level if choice.report.sandbox else "none"
         known = Verdict(choice.variant, choice.accelerator, sandbox)
@@ -69,7 +70,9 @@ def open_package(manifest: Manifest, directory: Path, verdicts: Verdicts, thread
         _say(f"{manifest.name} {manifest.version}", sandbox)
     variant = _variant(manifest, known.choice)
     content = read_file(directory / variant.file.path, variant.file)
-    session = open_session(content, variant.format, known.accelerator, threads)
+    hints = variant.accelerator_options.get(known.accelerator)
+    accelerator = find(variant.format, known.accelerator, hints=hints)
+    session = open_session(content, variant.format, accelerator, threads)
     return Opened(
         session, variant.inputs, variant.outputs, len(content), objective_ms=manifest.budget.latency_ms
     )

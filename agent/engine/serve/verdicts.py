@@ -1,13 +1,13 @@
 """Which files have been opened in the sandbox before, and passed: remembered across starts.
 
-A verdict holds for these bytes, this runtime and this kernel; any other
-asks for a new probe. The file lies with the user's own caches, and is as
+A verdict holds for these bytes, this runtime, its drivers and this system;
+any other asks for a new probe. The file lies with the user's own caches, and is as
 trustworthy as the user: whoever can write it can start programs as him.
 """
 
 import contextlib
+import hashlib
 import os
-import platform
 import tempfile
 import threading
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from inference.registry import installed
+from inference.circumstances import circumstances
 
 MOST: Final = 1000
 FORMAT: Final = 1
@@ -44,6 +44,7 @@ class Verdicts:
         self._path = path
         self._lock = threading.Lock()
         self._known: dict[str, Verdict] = self._read()
+        self._here = hashlib.sha256(msgspec.json.encode(circumstances())).hexdigest()[:16]
 
     def find(self, sha256: str) -> Verdict | None:
         """Return the verdict on these bytes here, or None."""
@@ -60,8 +61,7 @@ class Verdicts:
                     self._write(self._path)
 
     def _key(self, sha256: str) -> str:
-        runtimes = ",".join(f"{name}-{version}" for name, version in sorted(installed().items()))
-        return f"{sha256} {platform.release()} {runtimes}"
+        return f"{sha256} {self._here}"
 
     def _read(self) -> dict[str, Verdict]:
         if self._path is None:
