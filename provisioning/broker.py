@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -77,12 +78,18 @@ def write(directory: Path, files: BrokerFiles, *, port: int, bind: str = "") -> 
         private = 0o640
     durable.write(directory / "acl", ACCESS_LIST.encode(), private)
     durable.write(directory / "trusted.pem", files.trusted)
-    durable.write(directory / "server.pem", files.certificate)
-    durable.write(directory / "server.key", files.key, private)
+    write_certificate(directory, files.certificate, files.key)
     write_revocations(directory, files.revoked)
     config = directory / "mosquitto.conf"
     durable.write(config, _config(directory, port, bind, user).encode())
     return config
+
+
+def write_certificate(directory: Path, certificate: bytes, key: bytes) -> None:
+    """Replace the broker's own certificate. It reads it when it starts and on SIGHUP."""
+    private = 0o640 if directory.stat().st_mode & 0o050 else durable.PRIVATE
+    durable.write(directory / "server.key", key, private)
+    durable.write(directory / "server.pem", certificate)
 
 
 def write_revocations(directory: Path, revoked: bytes) -> None:
@@ -91,10 +98,11 @@ def write_revocations(directory: Path, revoked: bytes) -> None:
 
 
 def reload(directory: Path) -> bool:
-    """Let the running broker of ``directory`` read its revocation lists again; False when none runs here.
+    """Ask the running broker of ``directory`` to read its files again; False when none can be asked.
 
     The files are parsed first, since mosquitto takes a broken one for an
-    empty one, and everybody would be let in.
+    empty one, and everybody would be let in. That it has read them is for
+    ``eviction.prove`` to show.
     """
     process = running(directory)
     if process is None:
@@ -102,7 +110,20 @@ def reload(directory: Path) -> bool:
     if (directory / "acl").read_text(encoding="utf-8") != ACCESS_LIST:
         raise PitheadError("config.invalid", f"{directory / 'acl'} was changed; write it again: pithead init")
     _check_revocations(directory / "crl.pem")
-    os.kill(process, signal.SIGHUP)
+    return _signal(process, signal.SIGHUP)
+
+
+def stop_running(directory: Path) -> bool:
+    """End the broker of ``directory``, whoever has started it; False when none can be told."""
+    process = running(directory)
+    return process is not None and _signal(process, signal.SIGTERM)
+
+
+def _signal(process: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(process, number)
+    except (ProcessLookupError, PermissionError):
+        return False
     return True
 
 
@@ -113,7 +134,10 @@ def running(directory: Path) -> int | None:
         command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
-    return process if os.fsencode(directory / "mosquitto.conf") in command else None
+    config = (directory / "mosquitto.conf").resolve()
+    named = [after for option, after in pairwise(command) if option in {b"-c", b"--config-file"}]
+    here = Path(f"/proc/{process}/cwd")
+    return process if any((here / os.fsdecode(name)).resolve() == config for name in named) else None
 
 
 def _check_revocations(path: Path) -> None:

@@ -3,7 +3,8 @@
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from contract.errors import PitheadError
@@ -46,6 +47,13 @@ class DeviceDetailView(DeviceView):
 
     desired: dict[str, Any]
     receipts: list[ReceiptView]
+
+
+class RevocationPending(View):
+    """A device that is revoked, of which the broker has not been seen to know."""
+
+    device: str
+    warning: str
 
 
 class DeviceChange(Wanted):
@@ -98,9 +106,25 @@ def router(devices: Devices) -> APIRouter:
             devices.change(actor=principal.name, device_id=device_id, labels=wanted.labels, name=wanted.name)
         )
 
-    @routes.post("/{device_id}/revoke", summary="Take a device's identity away", status_code=204)
-    def revoke(device_id: str, principal: Annotated[Principal, Depends(requires("devices:write"))]) -> None:
-        devices.revoke(actor=principal.name, device_id=device_id)
+    @routes.post(
+        "/{device_id}/revoke",
+        summary="Take a device's identity away; 202 while the broker does not know of it",
+        status_code=204,
+        response_class=Response,
+        responses={202: {"model": RevocationPending}},
+    )
+    def revoke(
+        device_id: str, principal: Annotated[Principal, Depends(requires("devices:write"))]
+    ) -> Response:
+        if devices.revoke(actor=principal.name, device_id=device_id):
+            return Response(status_code=204)
+        pending = RevocationPending(
+            device=device_id,
+            warning="revoked, but the broker was not seen to shut it out: it may still be connected. "
+            "This is tried until it is done; `revocations` in /api/v1/health says when. "
+            "If the broker runs elsewhere, reload it (SIGHUP) or restart it.",
+        )
+        return JSONResponse(pending.model_dump(), status_code=202)
 
     return routes
 

@@ -135,8 +135,10 @@ def revoke(
     if not yes:
         typer.confirm(f"Revoke {device}?", abort=True)
     with connect(server, token) as api:
-        api.post(f"/api/v1/devices/{resolve(api, device)}/revoke")
+        pending = api.post(f"/api/v1/devices/{resolve(api, device)}/revoke")
     typer.echo(f"{device} is revoked")
+    if pending:
+        Console(stderr=True).print(Text(pending["warning"], style=WAITING))
 
 
 def resolve(api: Client, device: str) -> str:

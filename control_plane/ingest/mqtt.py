@@ -7,6 +7,7 @@ keeps what comes while we are away.
 
 import logging
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +83,8 @@ class Ingest:
         self._stopping = threading.Event()
         self._connection = 0
         self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
+        self._tls = ssl.create_default_context(cafile=str(address.server_ca))
+        self.renewed()
         self._client = self._make_client()
 
     def start(self) -> None:
@@ -106,6 +109,10 @@ class Ingest:
         # A client that nothing ties into a circle closes all of its sockets as soon as it is let go.
         self._client.on_connect = self._client.on_connect_fail = None
         self._client.on_disconnect = self._client.on_message = None
+
+    def renewed(self) -> None:
+        """Read our certificate, also again when it was renewed, for the connections from now on."""
+        self._tls.load_cert_chain(self._address.certificate, self._address.key)
 
     @property
     def connected(self) -> bool:
@@ -148,7 +155,7 @@ class Ingest:
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=CLIENT_ID, protocol=mqtt.MQTTv5, manual_ack=True
         )
-        client.tls_set(str(self._address.server_ca), str(self._address.certificate), str(self._address.key))
+        client.tls_set_context(self._tls)
         client.reconnect_delay_set(1, round(RETRY_S[1]))
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
         client.on_connect = self._on_connect

@@ -34,12 +34,12 @@ class DeviceDetail(msgspec.Struct, frozen=True):
 class Devices:
     """Use cases on devices and groups.
 
-    ``revoked`` is called with the id of a device that was just revoked, so
-    that the broker hears of it.
+    ``revoked`` is called with the id of a device that was just revoked, and
+    says whether the broker has shut it out already. It never raises.
     """
 
     def __init__(
-        self, database: Database, clock: Clock, *, revoked: Callable[[str], object] = lambda _device: None
+        self, database: Database, clock: Clock, *, revoked: Callable[[str], bool] = lambda _device: True
     ) -> None:
         self._database = database
         self._clock = clock
@@ -112,14 +112,22 @@ class Devices:
             tx.expire_all()
             return store.device(tx, device_id)
 
-    def revoke(self, *, actor: str, device_id: str) -> None:
-        """Take a device's identity away. It may enrol again with a new join token."""
+    def revoke(self, *, actor: str, device_id: str) -> bool:
+        """Take a device's identity away; whether the broker has shut it out already.
+
+        It may enrol again with a new join token.
+        """
         now = self._clock()
         with self._database.transaction() as tx:
             store.device(tx, device_id)
             store.revoke_certificates(tx, device_id, now)
             events.record(tx, actor=actor, kind="device.revoked", subject=device_id, t=now)
-        self._revoked(device_id)
+        return self._revoked(device_id)
+
+    def revoked(self) -> list[str]:
+        """Return the revoked devices that have a certificate which would be good but for that."""
+        with self._database.reading() as tx:
+            return store.revoked_devices(tx, self._clock())
 
     def revocations(self) -> list[pki.Revocation]:
         """Return what stands on the revocation list."""

@@ -114,7 +114,7 @@ def revoke_certificates(tx: Session, device_id: str, now: int) -> None:
         .where(col(DeviceCertificate.device_id) == device_id, col(DeviceCertificate.revoked_at).is_(None))
         .values(revoked_at=now)
     )
-    tx.execute(update(Device).where(col(Device.id) == device_id).values(state="revoked"))
+    tx.execute(update(Device).where(col(Device.id) == device_id).values(state="revoked", online=False))
 
 
 def revoked_certificates(tx: Session, now: int) -> list[CertificateRecord]:
@@ -123,6 +123,17 @@ def revoked_certificates(tx: Session, now: int) -> list[CertificateRecord]:
         col(DeviceCertificate.revoked_at).is_not(None), col(DeviceCertificate.expires_at) > now
     )
     return [_certificate(row) for row in tx.exec(statement)]
+
+
+def revoked_devices(tx: Session, now: int) -> list[str]:
+    """Return the revoked devices of which a certificate has not expired."""
+    statement = select(Device.id).where(
+        col(Device.state) == "revoked",
+        col(Device.id).in_(
+            select(DeviceCertificate.device_id).where(col(DeviceCertificate.expires_at) > now)
+        ),
+    )
+    return list(tx.exec(statement))
 
 
 def enrolled_with(tx: Session, token_id: str, key_hash: str) -> str | None:

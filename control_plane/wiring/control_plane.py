@@ -1,9 +1,9 @@
 """The whole control plane as one object: made from its parts, started, served, stopped."""
 
 import contextlib
-import datetime as dt
 import logging
-from collections.abc import Callable, Sequence
+import ssl
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
@@ -46,6 +46,7 @@ from control_plane.store.database import Database
 from control_plane.wiring.clock import now_micros
 from control_plane.wiring.layout import Layout
 from control_plane.wiring.listeners import Listener, bind, serve
+from control_plane.wiring.revocations import SiteBroker
 from control_plane.wiring.signer import SignerProcess
 from control_plane.wiring.site import open_database, write_broker
 from control_plane.workers.hints import HintPublisher
@@ -54,7 +55,6 @@ from control_plane.workers.retention import Retention
 from control_plane.workers.revocations import RevocationLists
 from control_plane.workers.rollouts import RolloutWorker
 from provisioning import broker, pki
-from provisioning.eviction import evict
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ class ControlPlane:
             batch=settings.ingest_batch,
             linger_s=settings.ingest_linger_ms / 1000,
         )
-        self.revocations = RevocationLists(self.devices.revocations, self._publish_revocations, now_micros)
+        self.revocations = RevocationLists(self.devices.revocations, SiteBroker(layout, settings), now_micros)
+        self._tls: ssl.SSLContext | None = None
         self.workers = Workers(self._tasks())
 
     def serve(self, ready: Callable[[], None]) -> None:
@@ -123,6 +124,7 @@ class ControlPlane:
             stack.callback(self.signer_client.close)
             self.images.prepare()
             self.releases.prepare()
+            self.revocations.evict_later(self.devices.revoked())
             self.revocations.tick()
             stack.callback(self.ingest.stop)
             self.ingest.start()
@@ -165,8 +167,8 @@ class ControlPlane:
 
     def _device_config(self) -> Config:
         site = self.layout.site
-        context = server_context(site.server_certificate, site.server_key, site.device_ca_file)
-        return device_config(self.devices_app(), context)
+        self._tls = server_context(site.server_certificate, site.server_key, site.device_ca_file)
+        return device_config(self.devices_app(), self._tls)
 
     def _tasks(self) -> list[Task]:
         hints = HintPublisher(self.database, self.director.hint, self.ingest)
@@ -176,7 +178,8 @@ class ControlPlane:
             Task("hints", 0.25, hints.tick),
             Task("rollouts", 0.5, lambda: worker.tick(now_micros())),
             Task("image-metadata", 60.0, self.images.renew),
-            Task("revocations", 60.0, self.revocations.tick),
+            Task("revocations", 5.0, self.revocations.tick),
+            Task("certificates", 3600.0, self.renew_certificates),
             Task("retention", 600.0, Retention(self.database, now_micros).tick),
         ]
 
@@ -184,6 +187,7 @@ class ControlPlane:
         return {
             "database": self._database_answers,
             "broker": lambda: self.ingest.connected,
+            "revocations": lambda: self.revocations.in_force,
             "signer": lambda: self.signer.running,
         }
 
@@ -195,13 +199,23 @@ class ControlPlane:
             return False
         return True
 
-    def _revoked(self, device_id: str) -> None:
-        self.revocations.tick()
-        evict(self.layout.site, device_id, self.settings.broker, self.settings.broker_port)
+    def renew_certificates(self) -> bool:
+        """Renew the site's own certificates, for those who connect from now on; whether it was time."""
+        site = self.layout.site
+        if not site.renew(self.layout.server_names(self.settings), pki.moment(now_micros())):
+            return False
+        broker.write_certificate(
+            self.layout.broker, site.server_certificate.read_bytes(), site.server_key.read_bytes()
+        )
+        told = broker.reload(self.layout.broker)
+        if self._tls is not None:
+            self._tls.load_cert_chain(site.server_certificate, site.server_key)
+        self.ingest.renewed()
+        log.info("certificates.renewed", extra={"facts": {"broker_told": told}})
+        return True
 
-    def _publish_revocations(self, revoked: Sequence[pki.Revocation], now: dt.datetime) -> None:
-        broker.write_revocations(self.layout.broker, self.layout.site.write_crl(revoked, now))
-        broker.reload(self.layout.broker)
+    def _revoked(self, device_id: str) -> bool:
+        return self.revocations.revoked(device_id)
 
 
 class _Anchors:

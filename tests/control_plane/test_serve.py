@@ -74,7 +74,7 @@ def test_a_broker_that_is_down_at_start_and_a_signer_that_dies(own_plant: Plant)
         found = wait_for(lambda: health(own_plant), "the API", 30)
         assert (found["status"], found["parts"]) == (
             "degraded",
-            {"database": True, "broker": False, "signer": True},
+            {"database": True, "broker": False, "revocations": False, "signer": True},
         )
         assert own_plant.api.get("/api/v1/devices") == {"items": [], "next_cursor": None}
         own_plant.start_broker()

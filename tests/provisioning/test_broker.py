@@ -3,6 +3,7 @@
 import datetime as dt
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from contract import topics
 from contract.errors import PitheadError
 from contract.messages import PriorityClass
 from provisioning import broker, pki
-from provisioning.eviction import evict
+from provisioning.eviction import Proof, evict, make_canary, prove
 from provisioning.site import Site
 from tests.services import (
     BrokerSite,
@@ -196,6 +197,91 @@ def test_a_live_connection_is_evicted(plant: BrokerSite, parties: Parties) -> No
     wait_for(lambda: mallory.losses, "the eviction")
     assert alice.losses == 0
     assert not evict(plant.site, MALLORY, "127.0.0.1", broker.free_port())
+
+
+def test_lists_are_in_force_when_the_broker_was_seen_to_obey_them(tmp_path: Path):
+    plant = make_broker_site(tmp_path)
+    canary = make_canary(plant.site, utc_now())
+
+    def proof() -> Proof:
+        return prove(plant.site, canary, "127.0.0.1", plant.port)
+
+    assert proof() is Proof.UNREACHABLE
+    plant.start()
+    try:
+        assert proof() is Proof.OPEN
+        plant.revoke(canary.serial)
+        assert proof() is Proof.OPEN  # it has not read them
+        assert broker.reload(plant.config.parent)
+        wait_for(lambda: proof() is Proof.IN_FORCE, "the proof")
+        (plant.config.parent / "acl").write_text("pattern readwrite #\n")
+        os.kill(broker.running(plant.config.parent) or 0, signal.SIGHUP)
+        wait_for(lambda: proof() is Proof.OPEN, "the open access list to be found out")
+        (plant.config.parent / "crl.pem").write_bytes(
+            plant.site.write_crl((), utc_now() - dt.timedelta(days=30))
+        )
+        os.kill(broker.running(plant.config.parent) or 0, signal.SIGHUP)
+        wait_for(lambda: proof() is Proof.UNREACHABLE, "a broker that lets nobody in to be found out")
+        assert broker.stop_running(plant.config.parent)
+        assert plant.process is not None
+        plant.process.wait(10)
+    finally:
+        plant.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho leaves its socket open
+def test_somebody_elses_broker_proves_nothing(plant: BrokerSite, tmp_path: Path):
+    other = Site(tmp_path / "other")
+    other.create(["127.0.0.1"], utc_now())
+    canary = make_canary(other, utc_now())
+    assert prove(other, canary, "127.0.0.1", plant.port) is Proof.UNREACHABLE
+
+
+def test_a_broker_started_with_a_relative_path_is_found(tmp_path: Path):
+    plant = make_broker_site(tmp_path)
+    process = subprocess.Popen(
+        [broker.executable(), "-c", f"{plant.config.parent.name}/{plant.config.name}"], cwd=tmp_path
+    )
+    try:
+        wait_for(lambda: broker.running(plant.config.parent), "the broker")
+        assert broker.running(plant.config.parent) == process.pid
+        assert broker.reload(plant.config.parent)
+    finally:
+        broker.stop(process)
+
+
+def test_a_renewed_certificate_is_shown_after_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plant = make_broker_site(tmp_path)
+    plant.start()
+
+    def shown() -> bool:
+        context = ssl.create_default_context(cafile=str(plant.site.server_ca_file))
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+        identity = ingest_identity(plant.site)
+        context.load_cert_chain(identity.certificate, identity.key)
+        with (
+            socket.create_connection(("127.0.0.1", plant.port), 5) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1") as connection,
+        ):
+            certificate = connection.getpeercert(binary_form=True)
+        assert certificate is not None
+        return ssl.DER_cert_to_PEM_cert(certificate) in plant.site.server_certificate.read_text()
+
+    try:
+        assert shown()
+        old = plant.site.server_certificate.read_bytes()
+        monkeypatch.setattr("provisioning.site.RENEW_BEFORE", dt.timedelta(days=pki.SERVER_DAYS + 1))
+        assert plant.site.renew(["127.0.0.1"], utc_now())
+        assert plant.site.server_certificate.read_bytes() != old
+        broker.write_certificate(
+            plant.config.parent,
+            plant.site.server_certificate.read_bytes(),
+            plant.site.server_key.read_bytes(),
+        )
+        assert broker.reload(plant.config.parent)
+        wait_for(shown, "the new certificate")
+    finally:
+        plant.stop()
 
 
 def test_a_broken_list_is_never_loaded(tmp_path: Path):
