@@ -199,6 +199,13 @@ def expires(certificate: bytes) -> Moment:
     return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
 
 
+def has_names(certificate: bytes, names: Iterable[str]) -> bool:
+    """Whether a server's certificate (PEM) is good for all of these host names and addresses."""
+    parsed = x509.load_pem_x509_certificate(certificate)
+    found = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {_general_name(name) for name in names} <= set(found)
+
+
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     """Return a key as unencrypted PKCS#8."""
     return key.private_bytes(

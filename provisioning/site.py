@@ -61,9 +61,13 @@ class Site:
         self._write_ingest(now)
 
     def renew(self, names: Sequence[str], now: dt.datetime) -> bool:
-        """Issue the site's own certificates again when a third of their life is left; say whether."""
+        """Issue the site's own certificates again when it is time; say whether.
+
+        That is when a third of their life is left, or a name is missing.
+        """
         renewed = False
-        if self._is_due(self.server_certificate, now):
+        named = pki.has_names(self.server_certificate.read_bytes(), names)
+        if not named or self._is_due(self.server_certificate, now):
             self._write_server(names, now)
             renewed = True
         if self._is_due(self.ingest_certificate, now):

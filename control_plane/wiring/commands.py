@@ -40,7 +40,8 @@ def init(
 ) -> None:
     """Make a site: authorities, the broker's configuration, the database, the first API token.
 
-    What is there already is left as it is, so the command can be repeated.
+    What is there already is left as it is, so the command can be repeated. The options go to
+    pithead.toml; when that is there already, it is changed by hand.
     """
     layout = Layout(data_dir)
     given = {
@@ -51,9 +52,7 @@ def init(
         "broker_port": broker_port,
         "database_url": database_url,
     }
-    settings = load(layout.data_dir, os.environ, given)
-    wanted = {key: value for key, value in given.items() if value is not None}
-    made = site.init(layout, settings, load(Path(os.devnull), {}, wanted) if wanted else None)
+    made = site.init(layout, given, os.environ)
     typer.echo(f"{'Made' if made.site else 'Kept'} the site in {layout.data_dir}")
     if made.token is not None:
         typer.echo(f"First API token (role admin), shown only now:\n  {made.token.token}")

@@ -1,7 +1,7 @@
 """What ``pithead init`` makes: authorities, the broker's files, the database, the first administrator."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,7 @@ from contract.errors import PitheadError
 from control_plane.cli.client import profile_path
 from control_plane.services.access import Access, IssuedToken
 from control_plane.services.devices import Devices
-from control_plane.settings import FILE_NAME, Settings
+from control_plane.settings import FILE_NAME, Settings, load
 from control_plane.store.database import Database
 from control_plane.store.tables.token import ApiToken
 from control_plane.wiring.clock import now_micros
@@ -29,23 +29,33 @@ class Made(msgspec.Struct, frozen=True):
     profile: Path | None
 
 
-def init(layout: Layout, settings: Settings, written: Settings | None) -> Made:
+def init(layout: Layout, given: Mapping[str, object], environment: Mapping[str, str]) -> Made:
     """Make what is missing; what is there is left as it is.
 
-    ``written`` becomes the settings file when there is none. The broker's
-    configuration is written anew in any case, from the settings.
+    ``given`` becomes the settings file when all that can fail has been done,
+    so that a failure can be mended by the same command with other values.
+    Raises ``config.invalid`` for values that differ from the file's. The
+    broker's configuration is written anew in any case, and the server's
+    certificate when it lacks a name.
     """
-    layout.make()
     path = layout.data_dir / FILE_NAME
-    if written is not None and not path.exists():
-        durable.write(path, _toml(written).encode())
-    now = pki.moment(now_micros())
-    fresh = not layout.site.exists
-    if fresh:
-        layout.site.create(layout.server_names(settings), now)
+    if path.exists():
+        _refuse_changes(path, given)
+    settings = load(layout.data_dir, environment, given)
+    layout.make()
     database = open_database(layout, settings)
     try:
+        now = pki.moment(now_micros())
+        names = layout.server_names(settings)
+        fresh = not layout.site.exists
+        if fresh:
+            layout.site.create(names, now)
+        else:
+            layout.site.renew(names, now)
         write_broker(layout, settings, Devices(database, now_micros).revocations())
+        if not path.exists():
+            # it may hold the database's password
+            durable.write(path, _toml(load(Path(os.devnull), {}, given)).encode(), durable.PRIVATE)
         token = _first_token(database)
     finally:
         database.close()
@@ -76,6 +86,22 @@ def open_database(layout: Layout, settings: Settings) -> Database:
     return database
 
 
+def _refuse_changes(path: Path, given: Mapping[str, object]) -> None:
+    stands = msgspec.to_builtins(load(path.parent, {}, {}))
+    wanted = msgspec.to_builtins(load(Path(os.devnull), {}, given))
+    differing = [
+        f"{name} = {_value(stands[name])}, not {_value(wanted[name])}"
+        for name, value in given.items()
+        if value is not None and stands[name] != wanted[name]
+    ]
+    if differing:
+        raise PitheadError(
+            "config.invalid",
+            f"this site is made already, nothing was changed: {path} says {'; '.join(differing)}. "
+            "Change it there, run `pithead init` again without these options, and restart",
+        )
+
+
 def _first_token(database: Database) -> IssuedToken | None:
     with database.reading() as tx:
         if tx.exec(select(ApiToken.id).limit(1)).first() is not None:
@@ -103,5 +129,9 @@ def _toml(settings: Settings) -> str:
     lines = ["# Settings of the control plane; every one can be overridden by PITHEAD_<NAME>."]
     for name, value in changed.items():
         if value != default[name]:
-            lines.append(f"{name} = {msgspec.json.encode(value).decode()}")
+            lines.append(f"{name} = {_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    return msgspec.json.encode(value).decode()

@@ -12,6 +12,7 @@ import pytest
 
 from contract.errors import PitheadError
 from control_plane.cli.client import Client
+from provisioning import pki
 from simulator.plant import BIN, Plant
 from tests.services import wait_for
 
@@ -141,6 +142,37 @@ def test_init_can_be_repeated_and_keeps_what_is_there(tmp_path: Path) -> None:
     assert "pt1." not in second.stdout
     assert {path: path.read_bytes() for path in kept} == kept
     assert "1884" in (site / "broker" / "mosquitto.conf").read_text()
+    settings = site / "pithead.toml"
+    assert settings.stat().st_mode & 0o777 == 0o600
+    before = settings.read_bytes()
+    other = pithead(tmp_path, "init", "--data-dir", site, "--host", "other.example", "--broker-port", "1884")
+    assert other.returncode == 1
+    assert 'host = "plant.example", not "other.example"' in other.stderr.replace("\n", " ")
+    assert "broker_port" not in other.stderr
+    assert settings.read_bytes() == before
+    assert "1884" in (site / "broker" / "mosquitto.conf").read_text()
+
+
+def test_a_name_that_is_changed_by_hand_comes_into_the_certificate(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    assert pithead(tmp_path, "init", "--data-dir", site).returncode == 0
+    refused = pithead(tmp_path, "init", "--data-dir", site, "--host", "plant.example")
+    assert "config.invalid" in refused.stderr
+    (site / "pithead.toml").write_text('host = "plant.example"\n')
+    assert pithead(tmp_path, "init", "--data-dir", site).returncode == 0
+    assert pki.has_names((site / "pki" / "server.pem").read_bytes(), ["plant.example", "127.0.0.1"])
+    assert (site / "broker" / "server.pem").read_bytes() == (site / "pki" / "server.pem").read_bytes()
+
+
+def test_an_init_that_failed_can_be_repeated_with_other_values(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    wrong = "postgresql://pithead:secret@127.0.0.1:9/none"
+    assert pithead(tmp_path, "init", "--data-dir", site, "--database-url", wrong).returncode == 1
+    assert not (site / "pithead.toml").exists()
+    assert not (site / "pki").exists()
+    made = pithead(tmp_path, "init", "--data-dir", site, "--database-url", f"sqlite:///{tmp_path}/x.db")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "x.db").exists()
 
 
 @pytest.mark.parametrize(
