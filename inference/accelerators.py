@@ -33,6 +33,8 @@ class Accelerator(Struct, frozen=True, omit_defaults=True):
     """Options that a manifest may set."""
     needs: tuple[str, ...] = ()
     """Device files, any of which must exist; the probe's sandbox leaves them open."""
+    reads: tuple[str, ...] = ()
+    """Python packages of which it reads files with each model; the sandbox leaves them readable."""
     packages: tuple[str, ...] = ()
     """Distributions of the runtime that contain it; any, where none is named."""
     system: str = "linux"
@@ -88,6 +90,7 @@ ONNX: Final = (
         provider="OpenVINOExecutionProvider",
         options={"device_type": "CPU"},
         hints=("device_type", "precision", "num_streams"),
+        reads=("onnxruntime",),
         packages=("onnxruntime-openvino",),
         what="Intel OpenVINO, on the CPU unless `device_type` says GPU or NPU",
     ),

@@ -76,6 +76,7 @@ def examine(request: ProbeRequest) -> ProbeReport:
         parent=request.parent,
         require=request.require_sandbox,
         devices=accelerator.needs,
+        folders=[str(Path(sys.modules[name].__file__ or "").parent) for name in accelerator.reads],
     )
     SCREENS[request.format](model)
     start = time.perf_counter()

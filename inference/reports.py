@@ -30,14 +30,14 @@ class SandboxReport(Struct, frozen=True, omit_defaults=True):
     landlock_abi: int
     """0 where the kernel has no Landlock."""
     seccomp: bool
-    devices: tuple[str, ...] = ()
-    """Device files that were left open for a driver; more system calls were, too."""
+    opened: tuple[str, ...] = ()
+    """Devices and folders that were left open to a driver; so were the system calls to use them."""
 
     @property
     def level(self) -> str:
         """``full``, ``partial`` (Landlock or seccomp is missing or loosened), ``limits``, or ``none``."""
         layers = (self.landlock_abi > 0) + self.seccomp
-        if self.devices:
+        if self.opened:
             layers = min(layers, 1)
         return ("limits", "partial", "full")[layers] if self.no_new_privs and self.rlimits else "none"
 

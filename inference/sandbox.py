@@ -53,13 +53,18 @@ ALLOWED_CALLS: Final = (
     *("getrusage", "getcpu", "uname", "sysinfo"),
 )
 """All other system calls fail with EPERM, but for what ``_seccomp_filter`` allows with some arguments."""
-DRIVER_CALLS: Final = (
+READ_CALLS: Final = (
     *("openat", "open", "access", "faccessat", "faccessat2", "newfstatat", "stat", "lstat", "statx"),
-    *("readlink", "readlinkat", "getdents64", "getcwd", "fcntl", "dup", "pipe2", "ioctl"),
+    *("readlink", "readlinkat", "getdents64", "getcwd", "fcntl"),
+)
+"""Allowed too where files are to be read. Landlock, where there is one, says which."""
+DRIVER_CALLS: Final = (
+    *READ_CALLS,
+    *("dup", "pipe2", "ioctl"),
     *("eventfd2", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "timerfd_create"),
     *("memfd_create", "ftruncate", "getuid", "geteuid", "getgid", "getegid", "prlimit64"),
 )
-"""Allowed too where a driver has devices to open. Landlock, where there is one, says which files."""
+"""Allowed too where a driver has devices to open."""
 DRIVER_READS: Final = (
     *("/usr", "/lib", "/lib64", "/opt", "/sys", "/proc", "/vendor"),
     *("/etc/ld.so.cache", "/etc/OpenCL", "/etc/vulkan", "/etc/nvidia"),
@@ -77,13 +82,14 @@ def confine(
     parent: int | None = None,
     require: bool = False,
     devices: Collection[str] = (),
+    folders: Collection[str] = (),
 ) -> SandboxReport:
     """Confine this process, for ever; returns what holds.
 
     ``memory_bytes`` counts on top of the address space that is in use now;
     ``cpu_s`` likewise. ``parent`` is the process whose death ends this one.
     Those of ``devices`` that exist stay open to a driver, with the files and
-    system calls that drivers use.
+    system calls that drivers use; what lies in ``folders`` can be read.
     Raises ``probe.unconfined`` when ``require`` and any layer is missing.
     """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -92,11 +98,12 @@ def confine(
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
     found = tuple(path for path in devices if Path(path).exists())
-    filters = _seccomp_filter(DRIVER_CALLS if found else ())
-    _limit(memory_bytes, cpu_s, _DRIVER_FILES if found else _SPARE_FILES)
+    readable = (*folders, *(DRIVER_READS if found else ()))
+    filters = _seccomp_filter(DRIVER_CALLS if found else READ_CALLS if folders else ())
+    _limit(memory_bytes, cpu_s, _DRIVER_FILES if readable else _SPARE_FILES)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     privileges = libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    abi = _landlock(libc, found) if privileges else 0
+    abi = _landlock(libc, found, readable) if privileges else 0
     if filters is not None:
         filters.load()
     report = SandboxReport(
@@ -104,7 +111,7 @@ def confine(
         rlimits=True,
         landlock_abi=abi,
         seccomp=filters is not None,
-        devices=found,
+        opened=(*found, *folders),
     )
     if require and report.level != "full":
         raise PitheadError("probe.unconfined", f"the sandbox is only {report.level!r}: {report}")
@@ -128,11 +135,8 @@ def _limit(memory_bytes: int, cpu_s: int, spare_files: int) -> None:
         resource.setrlimit(what, (value, value))
 
 
-def _landlock(libc: ctypes.CDLL, devices: Collection[str]) -> int:
-    """Forbid every path, TCP port and foreign abstract socket; returns the ABI, 0 where there is none.
-
-    With ``devices`` those may be used, and what drivers read may be read.
-    """
+def _landlock(libc: ctypes.CDLL, devices: Collection[str], readable: Collection[str]) -> int:
+    """Forbid all other paths, TCP ports and foreign abstract sockets; returns the ABI, 0 where there is none."""
     abi: int = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION)
     if abi < 1:
         return 0
@@ -145,12 +149,11 @@ def _landlock(libc: ctypes.CDLL, devices: Collection[str]) -> int:
     ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return 0
-    if devices:
-        for path in DRIVER_READS:
-            _allow(libc, ruleset, path, _READ_FILE | _READ_DIR | _EXECUTE)
-        for path in devices:
-            use = _READ_FILE | _READ_DIR | _WRITE_FILE
-            _allow(libc, ruleset, path, use | (_IOCTL_DEV if abi >= _IOCTL_FROM_ABI else 0))
+    for path in readable:
+        _allow(libc, ruleset, path, _READ_FILE | _READ_DIR | _EXECUTE)
+    for path in devices:
+        use = _READ_FILE | _READ_DIR | _WRITE_FILE
+        _allow(libc, ruleset, path, use | (_IOCTL_DEV if abi >= _IOCTL_FROM_ABI else 0))
     try:
         return abi if libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0 else 0
     finally:

@@ -13,6 +13,7 @@ COMMON = [
     "--no-emit-index-url", "--no-annotate", "--no-header", "--python-version", "3.11",
 ]  # fmt: skip
 TFLITE_RUNTIME = "tflite-runtime==2.14.0\nnumpy<2\nmsgspec\nzstandard\npyseccomp\n"
+OPENVINO = "onnxruntime-openvino==1.24.1\nnumpy\nmsgspec\nzstandard\npyseccomp\n"
 CLIENTS = {
     "client-triton": "tritonclient[http,grpc]==2.73.0\n",
     "client-kserve": "kserve==0.21.0\n",
@@ -41,6 +42,7 @@ def main() -> None:
         compile_set(extra, "--universal", "pyproject.toml", "--extra", extra)
     compile_set("data", "--universal", "--no-deps", "-", stdin="river==0.26.1\n")
     compile_set("tflite-runtime", "-", stdin=TFLITE_RUNTIME)
+    compile_set("openvino", "-", stdin=OPENVINO)
     for name, wanted in (CLIENTS | PEERS).items():
         compile_set(name, "-", stdin=wanted)
 

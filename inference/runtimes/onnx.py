@@ -44,7 +44,11 @@ _arena_mb: list[int] = []
 def warm_up(accelerator: Accelerator = ONNX[-1]) -> None:
     """Load what an execution provider loads with its first model, before a sandbox closes."""
     if accelerator.provider != _CPU:
-        OnnxSession(zlib.decompress(base64.b85decode(_SMALLEST)), accelerator).close()
+        # Kept: with its last session a provider may let go of what it has loaded.
+        _warm.append(OnnxSession(zlib.decompress(base64.b85decode(_SMALLEST)), accelerator))
+
+
+_warm: "Final[list[OnnxSession]]" = []
 
 
 class OnnxSession:

@@ -1,5 +1,10 @@
 """Small real packages."""
 
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +15,47 @@ from contract.manifest import Budget, Golden, Manifest, Provenance, Variant
 from inference.registry import open_session
 from models import assemble, dense, golden, package
 from models.package import reference_to
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[[str], Path]:
+    """Return the interpreter of an environment of its own, made on demand of ``requirements/NAME.txt``.
+
+    It stays below ``.venvs`` and is used again while its requirements do not
+    change. Python 3.11, for which these runtimes have wheels.
+    """
+    base = sys.executable if sys.version_info < (3, 12) else shutil.which("python3.11")
+
+    def make(name: str) -> Path:
+        if base is None:
+            pytest.skip(f"{name} needs Python 3.11, and there is none")
+        requirements, directory = ROOT / "requirements" / f"{name}.txt", ROOT / ".venvs" / name
+        executable, stamp = directory / "bin" / "python", directory / ".installed"
+        digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
+        directory.parent.mkdir(exist_ok=True)
+        with directory.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # only one test process makes it
+            if stamp.is_file() and stamp.read_text() == digest:
+                return executable
+            shutil.rmtree(directory, ignore_errors=True)
+            subprocess.run([base, "-m", "venv", str(directory)], check=True, capture_output=True)
+            install = [str(executable), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            done = subprocess.run(
+                [*install, "--only-binary=:all:", "--require-hashes", "-r", str(requirements)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                pytest.skip(f"pip cannot install {name} here: {done.stderr.strip()[-300:]}")
+            packages = next((directory / "lib").glob("python3*")) / "site-packages"
+            (packages / "pithead.pth").write_text(f"{ROOT}\n")
+            stamp.write_text(digest)
+        return executable
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +134,15 @@ def single(tmp_path: Path) -> Callable[..., tuple[Manifest, dict[str, Path]]]:
         return manifest, {ref.path: tmp_path / "single" / ref.path for ref in manifest.files()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An external TFLite delegate, built here."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler is not None, "install gcc: the tests build a delegate"
+    source = Path(__file__).parent / "native" / "delegate.c"
+    built = tmp_path_factory.mktemp("native") / "libdense.so"
+    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", str(built), str(source)], check=True)
+    return built

@@ -4,15 +4,10 @@ It needs numpy below 2 and Python 3.11 or older. The environment is made once
 in ``.venvs`` and used again while its requirements do not change.
 """
 
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -27,8 +22,6 @@ from models.assemble import Assembled
 pytestmark = [pytest.mark.xdist_group("tflite-runtime"), pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
-REQUIREMENTS = ROOT / "requirements" / "tflite-runtime.txt"
-ENVIRONMENT = ROOT / ".venvs" / "tflite-runtime"
 MODELS = Path(os.environ.get("PITHEAD_SHARED_DATA", ROOT.parent / "shared" / "data")) / "models"
 
 RUN = """
@@ -58,47 +51,9 @@ print(msgspec.json.encode(probe(manifest, files)).decode())
 """
 
 
-def old_python() -> str | None:
-    if sys.version_info < (3, 12):
-        return sys.executable
-    return shutil.which("python3.11")
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Only one test process makes the environment."""
-    ENVIRONMENT.parent.mkdir(exist_ok=True)
-    with (ENVIRONMENT.parent / "tflite-runtime.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 @pytest.fixture(scope="module")
-def python() -> Path:
-    """The environment's interpreter; made on demand."""
-    base = old_python()
-    if base is None:
-        pytest.skip("tflite-runtime needs Python 3.11, and there is none")
-    executable, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".installed"
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    with alone():
-        if stamp.is_file() and stamp.read_text() == digest:
-            return executable
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        subprocess.run([base, "-m", "venv", str(ENVIRONMENT)], check=True, capture_output=True)
-        install = [str(executable), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run(
-            [*install, "--only-binary=:all:", "--require-hashes", "-r", str(REQUIREMENTS)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            pytest.skip(f"pip cannot install tflite-runtime here: {done.stderr.strip()[-300:]}")
-        packages = next((ENVIRONMENT / "lib").glob("python3*")) / "site-packages"
-        (packages / "pithead.pth").write_text(f"{ROOT}\n")
-        stamp.write_text(digest)
-    return executable
+def python(environment: Callable[[str], Path]) -> Path:
+    return environment("tflite-runtime")
 
 
 def run(python: Path, program: str, *arguments: str, stdin: str = "") -> dict | list:
