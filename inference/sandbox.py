@@ -136,7 +136,7 @@ def _limit(memory_bytes: int, cpu_s: int, spare_files: int) -> None:
 
 
 def _landlock(libc: ctypes.CDLL, devices: Collection[str], readable: Collection[str]) -> int:
-    """Forbid all other paths, TCP ports and foreign abstract sockets; returns the ABI, 0 where there is none."""
+    """Forbid all other paths, TCP ports, foreign abstract sockets; returns the ABI, 0 where there is none."""
     abi: int = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION)
     if abi < 1:
         return 0

@@ -1,6 +1,7 @@
 """TensorFlow Lite: LiteRT where it is installed, else tflite-runtime."""
 
 import base64
+import functools
 import importlib.metadata
 import zlib
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ _SMALLEST: Final = (
 _PLAIN: Final = tflite.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 _AUTO: Final = tflite.OpResolverType.AUTO
 _DELEGATE: Final = "DELEGATE"
+_VARIABLE: Final = "VAR_HANDLE"
 
 
 def warm_up(accelerator: Accelerator | None = None) -> None:
@@ -61,22 +63,18 @@ class TfliteSession:
     ) -> None:
         """See ``Opener``. LiteRT's arena is as large as the model's tensors need, and cannot be limited."""
         wanted = find("tflite", accelerator) if isinstance(accelerator, str) else accelerator
-        delegate = _delegate(wanted)
+        self._make = functools.partial(_interpreter, content, threads, wanted.name, _delegate(wanted))
         try:
-            self._interpreter = tflite.Interpreter(
-                model_content=content,
-                num_threads=threads,
-                experimental_delegates=None if delegate is None else [delegate],
-                experimental_op_resolver_type=_AUTO if wanted.name == "xnnpack" else _PLAIN,
-            )
-            self._interpreter.allocate_tensors()
+            self._interpreter = self._make()
             inputs = self._interpreter.get_input_details()
             outputs = self._interpreter.get_output_details()
-            delegated = self._delegated()
+            # There is no public way to ask.
+            operators = {op["op_name"] for op in self._interpreter._get_ops_details()}  # noqa: SLF001
         except (ValueError, RuntimeError, SystemError) as error:
             raise PitheadError("inference.load_failed", first_line(error)) from error
         self.runtime = f"{PACKAGE} {VERSION}"
-        self.accelerator = wanted.name if delegated else "cpu"
+        self.accelerator = wanted.name if _DELEGATE in operators else "cpu"
+        self._has_resources = _VARIABLE in operators
         self.inputs = tuple(_spec(d) for d in inputs)
         self.outputs = tuple(_spec(d) for d in outputs)
         self._gate = InputGate(self.inputs)
@@ -89,7 +87,7 @@ class TfliteSession:
     @property
     def placement(self) -> Placement:
         """See ``Session``."""
-        return _placement(self._interpreter._get_ops_details(), self.accelerator)  # noqa: SLF001 - as below
+        return _placement(self._interpreter._get_ops_details(), self.accelerator)  # noqa: SLF001
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See ``Session``. Another batch size than the last one costs a new allocation."""
@@ -110,12 +108,22 @@ class TfliteSession:
             raise PitheadError("inference.run_failed", first_line(error)) from error
 
     def reset(self) -> None:
-        """See ``Session``."""
-        self._interpreter.reset_all_variables()
+        """See ``Session``. Variables that are resources live as long as their interpreter."""
+        if not self._has_resources:
+            self._interpreter.reset_all_variables()
+            return
+        try:
+            self._interpreter = self._make()
+        except (ValueError, RuntimeError, SystemError) as error:
+            raise PitheadError("inference.run_failed", first_line(error)) from error
+        self._gate = InputGate(self.inputs)
+        self._shapes = {
+            d["name"]: tuple(int(n) for n in d["shape"]) for d in self._interpreter.get_input_details()
+        }
 
     def close(self) -> None:
         """See ``Session``."""
-        del self._interpreter
+        del self._interpreter, self._make
 
     def _resize(self, inputs: Mapping[str, Array]) -> None:
         # Should this fail half-way, the next call resizes whatever its shape.
@@ -125,9 +133,16 @@ class TfliteSession:
         self._interpreter.allocate_tensors()
         self._shapes = {name: inputs[name].shape for name, _ in self._feeds}
 
-    def _delegated(self) -> bool:
-        """Return whether a delegate took at least one node. There is no public way to ask."""
-        return any(op["op_name"] == _DELEGATE for op in self._interpreter._get_ops_details())  # noqa: SLF001
+
+def _interpreter(content: bytes, threads: int, accelerator: str, delegate: Delegate | None) -> Any:
+    interpreter = tflite.Interpreter(
+        model_content=content,
+        num_threads=threads,
+        experimental_delegates=None if delegate is None else [delegate],
+        experimental_op_resolver_type=_AUTO if accelerator == "xnnpack" else _PLAIN,
+    )
+    interpreter.allocate_tensors()
+    return interpreter
 
 
 def _delegate(wanted: Accelerator) -> Delegate | None:
