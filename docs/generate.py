@@ -13,6 +13,7 @@ from contract.messages import AssignmentState
 from control_plane.core import assignment, rollout
 from control_plane.core.diagrams import mermaid
 from control_plane.core.policy import Guardrails, Policy
+from inference.accelerators import ONNX, TFLITE, Accelerator
 
 DOCS = Path(__file__).parent
 
@@ -96,6 +97,96 @@ def rollouts_markdown() -> str:
     return "\n".join(parts)
 
 
+ACCELERATORS_HEAD = """\
+# Runtimes and accelerators
+
+A model runs in ONNX Runtime or in LiteRT (tflite-runtime where there is no LiteRT), on what its manifest
+names and the device has. What that costs is measured on the device itself, not looked up.
+
+```
+pithead-agent probe packages/shuttle/1.0.0
+pithead-agent probe detector.tflite --json
+```
+
+shows each variant on each accelerator: the nodes that it took, p50 and p99 of a run, memory, energy,
+whether the golden vectors agreed, and the choice with its reason.
+
+## How the choice is made
+
+1. Candidates are tried in the order of expectation: the manifest's `preference`, then the accelerators
+   in the variant's own order. Each is opened in a process of its own, confined, with bounded time.
+2. A candidate is out when its driver is missing (`inference.accelerator_missing`), when it took no node
+   (a silent fall-back to the CPU is not a use of the accelerator), when a golden vector is off by more
+   than its tolerance, or when p99 or memory is above the manifest's `budget` or the device's `memory_mb`.
+3. Of what is left the cheapest is taken: by energy where the host counts it for all of them (RAPL), else
+   by p50. A later candidate must be a fifth cheaper than an earlier one.
+4. The search ends at the first candidate whose run takes 50 us or less, since what surrounds a run costs
+   more, and 30 s after the first one passed. Only when a device goes on searching does it download
+   further variants; `[probe] compare = "first"` never does.
+5. The choice is made anew when the agent starts under another kernel, system, runtime, driver library
+   (its size and time of change), kernel module or setting than those of the choice. What serves goes on
+   serving meanwhile.
+
+Energy is that of the whole processor package, with whatever else ran; `unavailable` where the kernel
+shows no counter (virtual machines, most boards, or an agent that is not root). Nodes are those of the
+graph that the runtime divided, before its last optimisations. A bare file has no golden vectors: it is
+compared with the runtime's own kernels on made-up inputs, and the largest difference is shown.
+
+## A device's own
+
+```toml
+[engine]
+threads = 2                # of one run
+cpus = [2, 3]              # the engine's processors, and the probe's
+memory_mb = 200            # no variant that takes more; ONNX Runtime's arena ends there
+
+[accelerators.my-npu]      # any external delegate, by path and options
+format = "tflite"
+library = "/usr/lib/libmy_npu_delegate.so"
+options = { cores = 2 }
+devices = ["/dev/my-npu0"] # what its driver opens
+
+[accelerators.openvino]    # other options for one of the table below
+format = "onnx"
+options = { device_type = "GPU" }
+devices = ["/dev/dri/renderD128"]
+```
+
+A variant names `my-npu` among its accelerators. For ONNX Runtime, `provider` names the execution
+provider, and `library` one that is not built in. A manifest's `accelerator_options` may set the options
+in the column *manifest may set*, no others: an option can be a path to code.
+
+Where a driver opens devices, or reads its runtime's files with each model, the probe's sandbox leaves
+those open and says so; its level is then `partial`, which `[probe] require = "full"` refuses.
+"""
+
+
+def accelerators_markdown() -> str:
+    """Return ``docs/accelerators.md`` as it should be: how the choice is made, and the tables."""
+    parts = [ACCELERATORS_HEAD]
+    for title, table in (("ONNX Runtime", ONNX), ("LiteRT and tflite-runtime", TFLITE)):
+        parts += [
+            f"## {title}",
+            "",
+            "| name | what | by | default options | manifest may set | needs one of | in |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        parts += [_accelerator_row(a) for a in table]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _accelerator_row(a: Accelerator) -> str:
+    options = ", ".join(f"`{k}={v}`" for k, v in a.options.items())
+    where = ", ".join(f"`{p}`" for p in a.packages) or {"darwin": "macOS", "win32": "Windows"}.get(
+        a.system, ""
+    )
+    where = "Android" if a.system == "android" else where
+    hints, needs = (", ".join(f"`{v}`" for v in values) for values in (a.hints, a.needs))
+    by = f"`{a.library or a.provider}`" if a.library or a.provider else ""
+    return f"| `{a.name}` | {a.what} | {by} | {options} | {hints} | {needs} | {where} |"
+
+
 def _shown(policy: Policy) -> dict[str, Any]:
     """Return all keys of ``policy``, those with default values too."""
     return {name: msgspec.to_builtins(getattr(policy, name)) for name in Policy.__struct_fields__} | {
@@ -103,7 +194,12 @@ def _shown(policy: Policy) -> dict[str, Any]:
     }
 
 
-GENERATED = {"rollouts.md": rollouts_markdown, "asyncapi.yaml": asyncapi_yaml, "errors.md": errors_markdown}
+GENERATED = {
+    "accelerators.md": accelerators_markdown,
+    "rollouts.md": rollouts_markdown,
+    "asyncapi.yaml": asyncapi_yaml,
+    "errors.md": errors_markdown,
+}
 
 
 def main() -> None:
