@@ -183,6 +183,15 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     "serve.repository_unreadable": ErrorSpec(
         "The model directory cannot be read as one.", "Correct what the message names."
     ),
+    # --- the control plane's own machine
+    "server.unavailable": ErrorSpec(
+        "The control plane's database cannot be used now.",
+        "Wait and try again; an administrator finds the reason in the server's log.",
+        retryable=True,
+    ),
+    "server.disk_full": ErrorSpec(
+        "The control plane's disk is full.", "Free some space on the server.", retryable=True
+    ),
     # --- registry
     "release.exists": ErrorSpec(
         "This version is published already.", "A version never changes; use a new one."

@@ -1,6 +1,6 @@
 """Puts the routers together: one app for operators, one for devices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from fastapi import APIRouter, FastAPI
@@ -9,10 +9,14 @@ from control_plane.api import problems
 from control_plane.api.auth import Identities
 from control_plane.api.limits import BodyLimit
 from control_plane.services.access import Access
+from control_plane.signing import image
 
 OPENAPI: Final = "/api/v1/openapi.json"
 UPLOADS: Final = ("/api/v1/staging/",)
 """Bodies that are streamed to a file, counted against the quota on the way."""
+RELEASES: Final = "/api/v1/releases"
+RELEASE_BYTES: Final = image.MAX_RELEASE * 4 // 3 + 64 * 1024
+"""Of a release: its metadata name every file that was ever released, and travel in base64."""
 
 
 def operators_app(
@@ -28,7 +32,8 @@ def operators_app(
         redoc_url=None,
     )
     app.state.access = access
-    return _finish(app, routers, max_body_bytes, UPLOADS)
+    larger = {RELEASES: max(max_body_bytes, RELEASE_BYTES)}
+    return _finish(app, routers, max_body_bytes, UPLOADS, larger)
 
 
 def devices_app(
@@ -37,12 +42,18 @@ def devices_app(
     """Return the devices' API: client certificates."""
     app = FastAPI(title="Pithead for devices", version=version, openapi_url=None)
     app.state.identities = identities
-    return _finish(app, routers, max_body_bytes, ())
+    return _finish(app, routers, max_body_bytes, (), {})
 
 
-def _finish(app: FastAPI, routers: Sequence[APIRouter], limit: int, uncapped: Sequence[str]) -> FastAPI:
+def _finish(
+    app: FastAPI,
+    routers: Sequence[APIRouter],
+    limit: int,
+    uncapped: Sequence[str],
+    larger: Mapping[str, int],
+) -> FastAPI:
     problems.install(app)
     for routes in routers:
         app.include_router(routes)
-    app.add_middleware(BodyLimit, limit=limit, uncapped=uncapped)
+    app.add_middleware(BodyLimit, limit=limit, uncapped=uncapped, larger=larger)
     return app

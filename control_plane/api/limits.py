@@ -1,6 +1,7 @@
 """A cap on the size of request bodies, counted and not believed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,19 +11,28 @@ from control_plane.api.problems import problem
 class BodyLimit:
     """ASGI middleware: reads a body before the app does, and answers 413 to one that is too large.
 
-    Paths below ``uncapped`` stream their body and count for themselves.
+    Paths below ``uncapped`` stream their body and count for themselves; the
+    paths in ``larger`` have a limit of their own.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, uncapped: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limit: int,
+        uncapped: Sequence[str] = (),
+        larger: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._app = app
         self._limit = limit
         self._uncapped = tuple(uncapped)
+        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or str(scope["path"]).startswith(self._uncapped):
             await self._app(scope, receive, send)
             return
+        limit = self._larger.get(str(scope["path"]), self._limit)
         body = bytearray()
         more = scope["method"] not in {"GET", "HEAD"}
         while more:
@@ -31,8 +41,8 @@ class BodyLimit:
                 return  # the client left
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self._limit:
-                answer = problem("request.too_large", f"the body is above {self._limit} bytes")
+            if len(body) > limit:
+                answer = problem("request.too_large", f"the body is above {limit} bytes")
                 answer.headers["Connection"] = "close"
                 await answer(scope, receive, send)
                 return

@@ -1,5 +1,6 @@
 """Errors as HTTP answers (RFC 9457). The only place that knows status codes of errors."""
 
+import errno
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -8,6 +9,8 @@ from typing import Final
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from contract.errors import ERRORS, PitheadError
@@ -43,6 +46,8 @@ STATUS: Final[Mapping[str, int]] = {
     "rollout.no_devices": 409,
     "rollout.overlap": 409,
     "rollout.policy_invalid": 422,
+    "server.disk_full": 507,
+    "server.unavailable": 503,
     "signing.refused": 500,
     "signing.unavailable": 503,
     "update.disk_full": 507,
@@ -50,6 +55,9 @@ STATUS: Final[Mapping[str, int]] = {
     "update.unreachable": 503,
 }
 """What a code is in HTTP; all others are faults of the request's content (422)."""
+
+DATABASE_FULL: Final = frozenset({"SQLITE_FULL", "53100"})
+"""How SQLite and PostgreSQL name a full disk."""
 
 _OF_STATUS: Final[Mapping[int, str]] = {
     400: "request.invalid",
@@ -92,6 +100,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(PitheadError, _known)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(OperationalError, _database)
+    app.add_exception_handler(InterfaceError, _database)
+    app.add_exception_handler(PoolTimeout, _database)
+    app.add_exception_handler(OSError, _machine)
     app.add_exception_handler(Exception, _unknown)
 
 
@@ -115,6 +127,22 @@ async def _http(_request: Request, error: Exception) -> JSONResponse:
     failed = error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
     code = _OF_STATUS.get(error.status_code, "internal.error" if failed else "request.invalid")
     return problem(code, str(error.detail), status=error.status_code)
+
+
+async def _database(request: Request, error: Exception) -> JSONResponse:
+    reason = getattr(error, "orig", None) or error
+    log.error(
+        "request.database_failed", extra={"facts": {"path": request.url.path, "error": str(reason)[:500]}}
+    )
+    full = DATABASE_FULL & {getattr(reason, "sqlite_errorname", None), getattr(reason, "sqlstate", None)}
+    return problem("server.disk_full" if full else "server.unavailable", "")
+
+
+async def _machine(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        log.error("request.disk_full", extra={"facts": {"path": request.url.path, "error": str(error)}})
+        return problem("server.disk_full", "")
+    return await _unknown(request, error)
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:

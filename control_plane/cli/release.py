@@ -25,6 +25,7 @@ from contract.errors import PitheadError
 from contract.manifest import MANIFEST_NAME, Manifest, floor_path, target_path
 from control_plane.cli.client import Client, ServerOption, TokenOption, connect
 from control_plane.signing import image
+from control_plane.signing.metadata import next_version
 from provisioning.cli import passphrase_for
 from provisioning.keys import RELEASE_DAYS, RELEASE_ROLE, load_key, sign, utc_now
 
@@ -173,7 +174,7 @@ def extend(current: Targets, package: Package, min_release_counter: int | None) 
         text = msgspec.json.encode(floor)
         target = floor_path(manifest.name)
         current.targets[target] = _target(target, len(text), hashlib.sha256(text).hexdigest(), floor)
-    current.version += 1
+    current.version = next_version(current.version, round(utc_now().timestamp()) * 1_000_000)
     current.expires = utc_now() + timedelta(days=RELEASE_DAYS)
 
 

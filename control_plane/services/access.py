@@ -2,11 +2,13 @@
 
 import base64
 import hashlib
+import logging
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
 
 from contract.errors import PitheadError
 from control_plane.ports import Clock
@@ -14,6 +16,8 @@ from control_plane.services import events
 from control_plane.store import tokens as store
 from control_plane.store.database import Database
 from control_plane.store.ids import new_id
+
+log = logging.getLogger(__name__)
 
 PREFIX: Final = "pt1."
 LAST_USED_GRAIN_US: Final = 60_000_000
@@ -85,9 +89,18 @@ class Access:
         if found.expires_at is not None and found.expires_at <= now:
             raise PitheadError("auth.invalid", f"the API token {found.name!r} has expired")
         if found.last_used is None or now - found.last_used > LAST_USED_GRAIN_US:
-            with self._database.transaction() as tx:
-                store.touch_api_token(tx, found.id, now)
+            self._touch(found.id, now)
         return Principal(name=found.name, roles=frozenset(found.roles), token_id=found.id)
+
+    def _touch(self, token_id: str, now: int) -> None:
+        """Note the use; who may read shall be able to while the disk is full, or the database read-only."""
+        try:
+            with self._database.transaction() as tx:
+                store.touch_api_token(tx, token_id, now)
+        except SQLAlchemyError as error:
+            log.warning(
+                "token.use_not_noted", extra={"facts": {"token": token_id, "error": str(error)[:200]}}
+            )
 
     def authorise(self, principal: Principal, action: str) -> None:
         """Raise ``auth.forbidden`` unless ``principal`` may do ``action``."""

@@ -29,6 +29,8 @@ from provisioning.durable import make_directory, sync_directory
 log = logging.getLogger(__name__)
 
 CHUNK: Final = 1024 * 1024
+USELESS: Final = frozenset({"release.not_admitted", "package.manifest_invalid", "package.file_mismatch"})
+"""What cannot become better by publishing the same files again: they leave the staging directory."""
 
 
 class Releases:
@@ -57,6 +59,10 @@ class Releases:
         self._staging.prepare()
         for left in self._staging.directory.glob("admit-*"):
             shutil.rmtree(left)
+
+    def sweep(self) -> int:
+        """Remove uploads that nobody published; return how many."""
+        return self._staging.sweep()
 
     def current(self) -> image.ImageMetadata:
         """Return the newest metadata of the image repository, for whoever signs the next release."""
@@ -88,9 +94,14 @@ class Releases:
         with self._lock:
             current = self.current()
             release = image.check_release(current, metadata, name, version, self._clock())
-            manifest, raw = self._check_files(release, name, version)
-            with self._assembled(release) as directory:
-                report = self._admit(directory)
+            try:
+                manifest, raw = self._check_files(release, name, version)
+                with self._assembled(release) as directory:
+                    report = self._admit(directory)
+            except PitheadError as error:
+                if error.code in USELESS:
+                    self._staging.discard(sha256 for _, sha256 in release.files.values())
+                raise
             self._keep([sha256 for _, sha256 in release.files.values()])
             record = store.VersionRecord(
                 model_name=name,
@@ -135,6 +146,7 @@ class Releases:
                 raise PitheadError(
                     "package.file_mismatch", f"{path} differs from its signed length or hash", path=path
                 )
+            os.utime(staged)  # no sweep takes it away while the package is looked at
         found = self._find(release.files[MANIFEST_NAME][1])
         assert found is not None
         raw = found.read_bytes()

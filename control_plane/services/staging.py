@@ -1,10 +1,12 @@
 """Uploads on their way into the registry: hashed while they stream, within a quota, swept when forgotten."""
 
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -16,6 +18,9 @@ from provisioning.durable import make_directory, sync_directory
 log = logging.getLogger(__name__)
 
 FORGOTTEN_S: Final = 24 * 3600
+"""Age at which an upload that no release has taken is removed."""
+SPARE_S: Final = 3600
+"""Age at which it gives way to another upload when the quota is full."""
 PART: Final = ".part"
 
 
@@ -32,10 +37,27 @@ class Staging:
     def prepare(self) -> None:
         """Make the directory and remove what a crash or a forgotten release has left."""
         make_directory(self.directory, 0o700)
-        oldest = time.time() - FORGOTTEN_S
-        for path in self.directory.iterdir():
-            if path.is_file() and (path.suffix == PART or path.stat().st_mtime < oldest):
-                path.unlink()
+        for path in self.directory.glob(f"*{PART}"):
+            path.unlink()
+        self.sweep()
+
+    def sweep(self, older_than_s: float = FORGOTTEN_S) -> int:
+        """Remove finished uploads that no release has taken for so long; return how many."""
+        oldest = time.time() - older_than_s
+        removed = 0
+        for path in self._finished():
+            with contextlib.suppress(FileNotFoundError):  # a release has just taken it
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+                    removed += 1
+        if removed:
+            log.info("staging.swept", extra={"facts": {"files": removed}})
+        return removed
+
+    def discard(self, hashes: Iterable[str]) -> None:
+        """Remove these uploads."""
+        for sha256 in hashes:
+            self.path(sha256).unlink(missing_ok=True)
 
     def path(self, sha256: str) -> Path:
         """Return where an upload with this hash lies."""
@@ -50,21 +72,33 @@ class Staging:
 
     def reserve(self, count: int) -> None:
         """Count bytes of an upload that is going on; ``request.too_large`` beyond the quota."""
-        stored = sum(p.stat().st_size for p in self.directory.iterdir() if p.is_file() and p.suffix != PART)
-        with self._lock:
-            self._in_flight += count
-            if stored + self._in_flight > self.quota_bytes:
-                self._in_flight -= count
-                raise PitheadError(
-                    "request.too_large",
-                    f"uploads may hold {self.quota_bytes} bytes until they are released",
-                    limit=self.quota_bytes,
-                )
+        if self._take(count) or (self.sweep(SPARE_S) and self._take(count)):
+            return
+        raise PitheadError(
+            "request.too_large",
+            f"uploads may hold {self.quota_bytes} bytes until they are released. Publish what was uploaded; "
+            f"what nobody publishes gives way after {SPARE_S // 60} minutes; or raise quota_bytes",
+            limit=self.quota_bytes,
+        )
 
     def release(self, count: int) -> None:
         """Give back what ``reserve`` counted."""
         with self._lock:
             self._in_flight -= count
+
+    def _take(self, count: int) -> bool:
+        stored = 0
+        for path in self._finished():
+            with contextlib.suppress(FileNotFoundError):
+                stored += path.stat().st_size
+        with self._lock:
+            if stored + self._in_flight + count > self.quota_bytes:
+                return False
+            self._in_flight += count
+            return True
+
+    def _finished(self) -> list[Path]:
+        return [path for path in self.directory.iterdir() if path.suffix != PART and path.is_file()]
 
 
 class Upload:

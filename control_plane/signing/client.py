@@ -8,7 +8,19 @@ from typing import Final
 import msgspec
 
 from contract.errors import PitheadError
-from control_plane.signing.protocol import LENGTH_BYTES, MAX_FRAME, Refused, SignRequest, answers, frame
+from control_plane.signing.protocol import (
+    LENGTH_BYTES,
+    MAX_FRAME,
+    Answer,
+    Ping,
+    Pong,
+    Refused,
+    Request,
+    Signed,
+    SignRequest,
+    answers,
+    frame,
+)
 
 TIMEOUT_S: Final = 10.0
 
@@ -23,7 +35,22 @@ class SignerClient:
 
     def sign(self, role: str, payload: bytes) -> tuple[str, str]:
         """Return ``(keyid, signature in hex)``."""
-        request = frame(SignRequest(role, payload))
+        answer = self._ask(SignRequest(role, payload))
+        if isinstance(answer, Refused):
+            raise PitheadError("signing.refused", answer.detail, role=role)
+        if not isinstance(answer, Signed):
+            raise PitheadError("signing.unavailable", f"{self._path}: an answer to another question")
+        return answer.keyid, answer.signature
+
+    def answers(self) -> bool:
+        """Whether the signer is there and answers."""
+        try:
+            return isinstance(self._ask(Ping()), Pong)
+        except PitheadError:
+            return False
+
+    def _ask(self, question: Request) -> Answer:
+        request = frame(question)
         with self._lock:
             try:
                 body = self._exchange(request)
@@ -36,12 +63,9 @@ class SignerClient:
                     self._close()
                     raise PitheadError("signing.unavailable", f"{self._path}: {error}") from error
         try:
-            answer = answers.decode(body)
+            return answers.decode(body)
         except msgspec.MsgspecError as error:
             raise PitheadError("signing.unavailable", f"{self._path}: {error}") from error
-        if isinstance(answer, Refused):
-            raise PitheadError("signing.refused", answer.detail, role=role)
-        return answer.keyid, answer.signature
 
     def close(self) -> None:
         """Close the connection."""

@@ -21,6 +21,10 @@ from provisioning.keys import RELEASE_ROLE
 
 SNAPSHOT_LIFETIME: Final = timedelta(days=7)
 RENEW_BEFORE: Final = timedelta(days=4)
+MAX_RELEASE: Final = 3 * 1024 * 1024
+"""Bytes of the release metadata: a device takes 4 MB of all metadata together."""
+MAX_AHEAD_S: Final = 24 * 3600
+"""How far a releaser's clock may be ahead: a version is a time, and the next one must be above it."""
 
 
 class ImageMetadata(Struct, frozen=True):
@@ -127,9 +131,20 @@ def check_release(image: ImageMetadata, data: bytes, name: str, version: str, no
 
     Raises ``release.signature_invalid`` for a key that is no release key,
     ``request.conflict`` when another release came first, ``release.exists``
-    for a version that is published, ``release.counter_not_rising``, and
+    for a version that is published, ``release.counter_not_rising``,
+    ``request.too_large`` for what no device would take, and
     ``request.invalid`` for anything else.
+
+    The version of the metadata must rise, by as much as the releaser likes:
+    it is a time, so that after a database was restored no version can come
+    that devices have seen with another content.
     """
+    if len(data) > MAX_RELEASE:
+        raise PitheadError(
+            "request.too_large",
+            f"the release metadata have {len(data)} bytes; devices take {MAX_RELEASE}",
+            limit=MAX_RELEASE,
+        )
     try:
         new = _load(data, Targets, "release metadata")
     except PitheadError as error:
@@ -140,10 +155,15 @@ def check_release(image: ImageMetadata, data: bytes, name: str, version: str, no
     except RepositoryError as error:
         raise PitheadError("release.signature_invalid", str(error)) from error
     old = _load(image.release, Targets, "release.json").signed
-    if new.signed.version != old.version + 1:
+    if new.signed.version <= old.version:
         raise PitheadError(
             "request.conflict",
             f"release metadata {new.signed.version} does not follow {old.version}; fetch and sign again",
+        )
+    if new.signed.version > next_version(old.version, now + MAX_AHEAD_S * 1_000_000):
+        raise PitheadError(
+            "request.invalid",
+            f"version {new.signed.version} of the release metadata is a time in the future; check your clock",
         )
     if new.signed.is_expired(datetime.fromtimestamp(now / 1_000_000, UTC)):
         raise PitheadError("request.invalid", "the release metadata has expired")
@@ -167,7 +187,11 @@ def _added(top: Targets, old: Targets, new: Targets, name: str, version: str) ->
     if target_path(name, version, MANIFEST_NAME) in old.targets:
         raise PitheadError("release.exists", f"{name} {version}")
     for path, target in old.targets.items():
-        if path != floor and new.targets.get(path) != target:
+        if path not in new.targets:
+            raise PitheadError(
+                "request.conflict", f"{path} is missing: another release came first; fetch and sign again"
+            )
+        if path != floor and new.targets[path] != target:
             raise PitheadError("request.invalid", f"{path}: a released file never changes")
     added = {
         path: target for path, target in new.targets.items() if path not in old.targets and path != floor

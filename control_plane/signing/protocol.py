@@ -17,6 +17,14 @@ class SignRequest(msgspec.Struct, frozen=True, tag="sign"):
     payload: bytes
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Ask whether the signer is there."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """Say that it is."""
+
+
 class Signed(msgspec.Struct, frozen=True, tag="signed"):
     """A signature, in hex as TUF writes it."""
 
@@ -30,13 +38,14 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     detail: str
 
 
-Answer = Signed | Refused
-requests = msgspec.msgpack.Decoder(SignRequest)
+Request = SignRequest | Ping
+Answer = Signed | Refused | Pong
+requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 encoder = msgspec.msgpack.Encoder()
 
 
-def frame(message: SignRequest | Answer) -> bytes:
+def frame(message: Request | Answer) -> bytes:
     """Return the bytes of a message on the socket."""
     body = encoder.encode(message)
     return len(body).to_bytes(LENGTH_BYTES) + body

@@ -23,7 +23,17 @@ import msgspec
 from contract.errors import PitheadError
 from control_plane.ports import Clock
 from control_plane.signing import rules
-from control_plane.signing.protocol import LENGTH_BYTES, MAX_FRAME, Answer, Refused, Signed, frame, requests
+from control_plane.signing.protocol import (
+    LENGTH_BYTES,
+    MAX_FRAME,
+    Answer,
+    Ping,
+    Pong,
+    Refused,
+    Signed,
+    frame,
+    requests,
+)
 from provisioning.keys import ONLINE, Keys, load_key
 
 log = logging.getLogger(__name__)
@@ -46,11 +56,22 @@ class SignerServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             super().__init__(str(path), _Connection)
         finally:
             os.umask(earlier)
+        self._path = path
+        self._own = _identity(path)
+
+    def server_close(self) -> None:
+        """Close the socket and take its name away, unless another signer has that name by now."""
+        super().server_close()
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(self._path) == self._own:
+                self._path.unlink()
 
     def answer(self, body: bytes) -> Answer:
         """Sign one request, or say why not."""
         try:
             request = requests.decode(body)
+            if isinstance(request, Ping):
+                return Pong()
             rules.check(request.role, request.payload, self._clock())
         except msgspec.MsgspecError as error:
             return Refused(f"malformed request: {error}")
@@ -118,9 +139,12 @@ def main(arguments: list[str] | None = None) -> int:
         threading.Thread(target=watch, daemon=True).start()
     with server:
         server.serve_forever()
-    with contextlib.suppress(FileNotFoundError):
-        options.socket.unlink()
     return 0
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def serve(
         },
     )
     logs.install(settings.log_level)
-    control_plane = ControlPlane(layout, settings)
-    control_plane.serve(lambda: _announce(settings))
+    require_site(layout)
+    with layout.alone():
+        ControlPlane(layout, settings).serve(lambda: _announce(settings))
     typer.echo("Stopped.")
 
 

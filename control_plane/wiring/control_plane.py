@@ -180,6 +180,7 @@ class ControlPlane:
             Task("image-metadata", 60.0, self.images.renew),
             Task("revocations", 5.0, self.revocations.tick),
             Task("certificates", 3600.0, self.renew_certificates),
+            Task("staging", 600.0, self.releases.sweep),
             Task("retention", 600.0, Retention(self.database, now_micros).tick),
         ]
 
@@ -188,7 +189,7 @@ class ControlPlane:
             "database": self._database_answers,
             "broker": lambda: self.ingest.connected,
             "revocations": lambda: self.revocations.in_force,
-            "signer": lambda: self.signer.running,
+            "signer": self.signer_client.answers,
         }
 
     def _database_answers(self) -> bool:

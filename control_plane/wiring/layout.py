@@ -1,10 +1,14 @@
 """Where things lie in the data directory."""
 
+import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from contract.errors import PitheadError
 from control_plane.settings import Settings
 from provisioning import durable
 from provisioning.site import Site
@@ -30,6 +34,20 @@ class Layout:
         """Make the directory itself. What is secret has a mode of its own further down."""
         if not self.data_dir.exists():
             durable.make_directory(self.data_dir, 0o755)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep a second control plane out of this directory; ``config.invalid`` when there is one."""
+        descriptor = os.open(self.data_dir / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise PitheadError(
+                "config.invalid", f"another `pithead serve` runs in {self.data_dir}; stop it first"
+            ) from error
+        finally:
+            os.close(descriptor)
 
     def signer_socket(self) -> Path:
         """Return where the signer listens; elsewhere when the data directory's name is too long."""

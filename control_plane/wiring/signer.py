@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 READY_S: Final = 20.0
 STOP_S: Final = 5.0
+ANSWER_S: Final = 5.0
+PEER_CREDENTIALS: Final = struct.Struct("3i")
 
 
 class SignerProcess:
@@ -51,15 +54,17 @@ class SignerProcess:
         self.stop()
         raise PitheadError("signing.unavailable", "the signer did not start; its reason stands above")
 
-    @property
-    def running(self) -> bool:
-        """Whether the process is there."""
-        return self._process is not None and self._process.poll() is None
-
     def keep(self) -> None:
-        """Start it again when it has died."""
-        if self._process is not None and self._process.poll() is not None:
-            log.error("signer.died", extra={"facts": {"code": self._process.returncode}})
+        """Start it again when it has died, or cannot be reached any more."""
+        process = self._process
+        if process is None:
+            return
+        if process.poll() is not None:
+            log.error("signer.died", extra={"facts": {"code": process.returncode}})
+            self.start()
+        elif not self._answers():
+            log.error("signer.unreachable", extra={"facts": {"socket": str(self._listen)}})
+            self.stop()
             self.start()
 
     def stop(self) -> None:
@@ -75,9 +80,13 @@ class SignerProcess:
             process.wait()
 
     def _answers(self) -> bool:
+        """Whether our own child listens: one of an earlier control plane may still be ending."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(ANSWER_S)
             try:
                 probe.connect(str(self._listen))
+                peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
             except OSError:
                 return False
-            return True
+        listener, _user, _group = PEER_CREDENTIALS.unpack(peer)
+        return self._process is not None and self._process.pid == listener

@@ -102,16 +102,23 @@ def test_a_broker_that_is_down_at_start_and_a_signer_that_dies(own_plant: Plant)
         own_plant.stop()
 
 
-def test_a_taken_port_is_told(own_plant: Plant) -> None:
+def test_a_taken_directory_and_a_taken_port_are_told(own_plant: Plant) -> None:
     process = start(own_plant)
     try:
         wait_for(lambda: health(own_plant), "the API", 30)
         second = start(own_plant)
         _out, err = second.communicate(timeout=30)
         assert second.returncode == 1
+        assert f"another `pithead serve` runs in {own_plant.data_dir}" in " ".join(err.split())
+        assert "Traceback" not in err
+        (own_plant.data_dir / "serve.lock").unlink()
+        third = start(own_plant)
+        _out, err = third.communicate(timeout=30)
+        assert third.returncode == 1
         assert "config.invalid" in err
         assert "api_port" in err
         assert "Traceback" not in err
+        assert (health(own_plant) or {})["parts"]["signer"]  # type: ignore[index]
     finally:
         process.send_signal(signal.SIGINT)
         _out, err = process.communicate(timeout=20)

@@ -19,6 +19,7 @@ from contract.messages import Desired
 from control_plane.signing import director, rules
 from control_plane.signing.client import SignerClient
 from control_plane.signing.metadata import canonical, head, next_version, timestamp
+from control_plane.wiring.signer import SignerProcess
 from provisioning import keys
 from provisioning.cli import keys_app
 from provisioning.keys import OFFLINE, ONLINE
@@ -165,6 +166,28 @@ def test_the_signer_refuses_roots_and_releases(
             with pytest.raises(PitheadError) as caught:
                 client.sign(role, payload)
             assert caught.value.code == "signing.refused"
+
+
+def test_a_signer_that_ends_late_leaves_its_successor_alone(ceremony: Path, tmp_path: Path) -> None:
+    path = tmp_path / "signer.sock"
+    old, new = (SignerProcess(path, ceremony / "signer") for _ in range(2))
+    client = SignerClient(path)
+    assert not client.answers()
+    old.start()
+    assert client.answers()
+    new.start()
+    try:
+        old.stop()
+        assert client.answers()
+        path.unlink()  # whoever did that: it is noticed, and mended
+        client.close()
+        assert not client.answers()
+        new.keep()
+        assert client.answers()
+    finally:
+        client.close()
+        new.stop()
+    assert not path.exists()
 
 
 def test_no_signer(tmp_path: Path) -> None:

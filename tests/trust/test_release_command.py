@@ -53,6 +53,17 @@ def api(plant: Plant) -> Iterator[Api]:
     assert not thread.is_alive()
 
 
+def test_release_metadata_may_be_larger_than_other_bodies(api: Api) -> None:
+    """They name every file that was ever released."""
+    with api.client() as client:
+        for length, code in ((2_000_000, "request.invalid"), (9_000_000, "request.too_large")):
+            with pytest.raises(PitheadError) as caught:
+                client.post(
+                    "/api/v1/releases", {"name": "a", "version": "1.0.0", "release_metadata": "e" * length}
+                )
+            assert caught.value.code == code
+
+
 def test_the_command(plant: Plant, api: Api, keys: Keys, tmp_path: Path) -> None:
     package = plant.package()
     key = tmp_path / "release-1.pem"

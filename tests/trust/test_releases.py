@@ -1,13 +1,16 @@
 """Publishing: what the registry takes, what it refuses, and that a refusal leaves no trace."""
 
 import hashlib
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
-from tuf.api.metadata import Metadata
+from tuf.api.metadata import Metadata, TargetFile
 
 from contract.bundle import Bundle
 from contract.errors import PitheadError
@@ -15,10 +18,12 @@ from contract.messages import ModelAssignment, Role
 from control_plane.cli.release import extend, trusted_release
 from control_plane.services import admission, desired
 from control_plane.services.releases import assignment
+from control_plane.services.staging import FORGOTTEN_S, SPARE_S
 from control_plane.signing import image
 from control_plane.store import desired as desired_store
 from control_plane.store import tuf
 from provisioning.keys import Keys, sign
+from tests.services import wait_for
 from tests.trust.conftest import DAY, SECOND, Plant
 
 DEVICE = "device-0001"
@@ -71,7 +76,8 @@ def test_a_changed_signature(plant: Plant) -> None:
     package = plant.package()
     plant.upload(package)
     metadata = plant.sign_release(package)
-    refused("release.signature_invalid", plant, metadata.replace(b'"version":2', b'"version":3'))
+    assert metadata.count(b'"version":1') == 1
+    refused("release.signature_invalid", plant, metadata.replace(b'"version":1', b'"version":2'))
     refused("request.invalid", plant, b"{}")
     refused("request.invalid", plant, plant.releases.current().roots[0])
 
@@ -111,6 +117,33 @@ def test_the_quota(plant: Plant) -> None:
         upload.finish()
 
 
+def test_forgotten_uploads_go(plant: Plant) -> None:
+    """By themselves after a day, and as soon as their room is needed after an hour; never while new."""
+    plant.staging.quota_bytes = 1000
+    old, new = (hashlib.sha256(content).hexdigest() for content in (b"o" * 600, b"n" * 600))
+
+    def put(sha256: str, content: bytes) -> None:
+        with plant.releases.stage(sha256) as upload:
+            upload.write(content)
+            upload.finish()
+
+    def age(sha256: str, seconds: float) -> None:
+        path = plant.staging.path(sha256)
+        os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+    put(old, b"o" * 600)
+    with pytest.raises(PitheadError, match="gives way after 60 minutes") as caught:
+        put(new, b"n" * 600)
+    assert "quota_bytes" in caught.value.detail
+    age(old, SPARE_S + 1)
+    assert plant.releases.sweep() == 0
+    put(new, b"n" * 600)
+    assert [path.name for path in plant.staging.directory.iterdir()] == [new]
+    age(new, FORGOTTEN_S + 1)
+    assert plant.releases.sweep() == 1
+    assert list(plant.staging.directory.iterdir()) == []
+
+
 def test_a_version_never_changes(plant: Plant) -> None:
     plant.release()
     package = plant.package(counter=2, payload=b"other weights")
@@ -148,7 +181,7 @@ def test_released_files_stay_as_they_are(plant: Plant, keys: Keys) -> None:
     plant.release()
     package = plant.package(version="1.1.0", counter=2)
     plant.upload(package)
-    for change in ("drop", "alter"):
+    for change, code in (("drop", "request.conflict"), ("alter", "request.invalid")):
         current = trusted_release(
             plant.releases.current().release, [keys["release-1"]], roots=[], targets=b"", root=None
         )
@@ -158,7 +191,47 @@ def test_released_files_stay_as_they_are(plant: Plant, keys: Keys) -> None:
             del current.targets[path]
         else:
             current.targets[path] = current.targets["models/pump/1.1.0/model.onnx"]
-        refused("request.invalid", plant, sign(current, [keys["release-1"]]), version="1.1.0")
+        refused(code, plant, sign(current, [keys["release-1"]]), version="1.1.0")
+
+
+def test_no_version_of_the_release_metadata_comes_again_after_a_restored_database(plant: Plant) -> None:
+    """Versions are times: what is signed on an older state is above all that the lost one has given out."""
+    package = plant.package()
+    plant.upload(package)
+    before = int(time.time())
+    lost = Metadata[Any].from_bytes(plant.sign_release(package)).signed.version  # devices have seen it
+    assert lost >= before
+    wait_for(lambda: int(time.time()) > lost, "the next second")
+    package = plant.package(payload=b"other weights")
+    plant.upload(package)
+    plant.releases.publish("tester", "pump", "1.0.0", plant.sign_release(package))
+    assert image.version_of(plant.releases.current().release) > lost
+
+
+def test_a_releaser_whose_clock_is_years_ahead_is_refused(plant: Plant, keys: Keys) -> None:
+    """All later versions would have to be above it."""
+    package = plant.package()
+    plant.upload(package)
+    current = trusted_release(
+        plant.releases.current().release, [keys["release-1"]], roots=[], targets=b"", root=None
+    )
+    extend(current, package, None)
+    current.version += 10 * 365 * 86_400
+    error = refused("request.invalid", plant, sign(current, [keys["release-1"]]))
+    assert "clock" in error.detail
+
+
+def test_release_metadata_that_no_device_takes_are_refused(plant: Plant, keys: Keys) -> None:
+    package = plant.package()
+    plant.upload(package)
+    current = trusted_release(
+        plant.releases.current().release, [keys["release-1"]], roots=[], targets=b"", root=None
+    )
+    extend(current, package, None)
+    for number in range(25_000):
+        path = f"models/pump/1.0.0/{number:064d}"
+        current.targets[path] = TargetFile(1, {"sha256": "0" * 64}, path)
+    refused("request.too_large", plant, sign(current, [keys["release-1"]]))
 
 
 def test_the_floor_never_falls_nor_stands_above_the_newest(either: Plant) -> None:
@@ -189,6 +262,7 @@ def test_what_its_admission_refuses(plant: Plant, monkeypatch: pytest.MonkeyPatc
     plant.upload(package)
     error = refused("release.not_admitted", plant, plant.sign_release(package))
     assert "probe.crashed" in error.detail
+    assert list(plant.staging.directory.iterdir()) == []  # the room is there for a better one
 
 
 def test_the_real_admission_refuses_a_file_that_is_no_model(
@@ -317,7 +391,7 @@ def test_a_database_of_another_ceremony(plant: Plant) -> None:
 def test_a_new_release_follows_a_restart(plant: Plant) -> None:
     plant.release()
     plant.images.prepare()
-    assert image.version_of(plant.releases.current().release) == 2
+    assert image.version_of(plant.releases.current().release) > 1
 
 
 def test_a_releaser_believes_release_keys_only(plant: Plant, keys: Keys) -> None:
