@@ -158,11 +158,11 @@ def _request(
         name=variant.name,
         format=variant.format,
         accelerator=find(variant.format, accelerator, custom, variant.accelerator_options.get(accelerator)),
-        model=str(files[variant.file.path]),
+        model=str(files[variant.file.path].absolute()),  # the child starts elsewhere
         limits=limits,
         parent=os.getpid(),
         variant=variant,
-        golden=str(files[variant.golden.file.path]),
+        golden=str(files[variant.golden.file.path].absolute()),
         pipeline=manifest.pipeline,
         score=manifest.score,
     )

@@ -274,7 +274,9 @@ def test_a_lane_is_told_of_its_accelerators_settings_and_resources(bench: Bench,
 # --- the command
 
 
-def test_probe_prints_what_each_variant_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_probe_prints_what_each_variant_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     made = make_package(tmp_path / "objects")
     model = Path(made.files[made.variant.file.path]).read_bytes()
     session = open_session(model, made.variant.format)
@@ -290,6 +292,9 @@ def test_probe_prints_what_each_variant_costs(tmp_path: Path, capsys: pytest.Cap
     assert out.splitlines()[0].split() == [c for c in probe.COLUMNS if c]
     assert "chosen" in out
     assert f"{manifest.name} {manifest.version}: {variant.name} on" in out
+    monkeypatch.chdir(tmp_path)
+    assert main(["probe", "package/manifest.json", "--root", str(tmp_path)]) == 0
+    capsys.readouterr()
     assert main(["probe", str(directory), "--root", str(tmp_path), "--json"]) == 0
     found = msgspec.json.decode(capsys.readouterr().out, type=probe.Found)
     assert found.choice is not None

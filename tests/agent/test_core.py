@@ -266,7 +266,7 @@ def test_settings_have_defaults_and_take_lanes():
         ({"server": {"url": "http://x"}}, "$.server.url"),
         ({"lanes": [lane(), lane()]}, "two lanes are named 'a'"),
         ({"lanes": [lane(source={})]}, "source.kind"),
-        ({"lanes": [lane(source={"kind": "reply"})]}, "replay, system"),
+        ({"lanes": [lane(source={"kind": "reply"})]}, "replay, sparkplug, system"),
         ({"probe": {"require": "partial"}}, "$.probe.require"),
     ],
 )
