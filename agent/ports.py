@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
+from agent.core.settings import Serve
 from contract.messages import (
     Anomaly,
     Count,
@@ -38,16 +39,13 @@ class FitResult(Struct, frozen=True):
     """The ``binding`` of the lane that was calibrated."""
 
 
-class LaneSpec(Struct, frozen=True, omit_defaults=True):
-    """One lane as it shall be: a source, a version of a model, and where its files lie.
+class ModelSpec(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A version of a model, how to open it, and where its files lie.
 
     A change of ``digest``, ``variant``, ``accelerator`` (or its settings),
-    ``resources``, ``activation`` or ``fit`` loads a new session beside the old one and then swaps. A lane
-    whose manifest asks for a fit and that has none calibrates first; so does
-    one whose ``binding`` changes.
+    ``resources`` or ``activation`` loads a new session beside the old one and then swaps.
     """
 
-    lane: Name
     model_name: Name
     version: Version
     digest: Sha256
@@ -58,25 +56,48 @@ class LaneSpec(Struct, frozen=True, omit_defaults=True):
     """Path in the package -> path of the object."""
     variant: Name
     accelerator: str
-    source: dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
-    """The lane's ``source`` table of the configuration; ``kind`` chooses the adapter."""
     activation: Count = 0
-    fit: FitResult | None = None
-    binding: Label = ""
-    """What a fit holds for: changes with the source, and when a person asks for another calibration."""
     custom: dict[str, Custom] = {}
     """The device's own settings of ``accelerator``."""
     resources: Resources = Resources()
+
+
+class LaneSpec(ModelSpec, frozen=True, omit_defaults=True, kw_only=True):
+    """One lane as it shall be: a source, and the version that watches it.
+
+    A change of ``fit`` loads a new session too. A lane whose manifest asks for a fit and
+    that has none calibrates first; so does one whose ``binding`` changes.
+    """
+
+    lane: Name
+    source: dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
+    """The lane's ``source`` table of the configuration; ``kind`` chooses the adapter."""
+    fit: FitResult | None = None
+    binding: Label = ""
+    """What a fit holds for: changes with the source, and when a person asks for another calibration."""
+
+
+class ServeSpec(Struct, frozen=True, omit_defaults=True):
+    """What is served to applications as it shall be.
+
+    A change of ``settings`` ends the listener and begins another one; a change of ``models`` does not.
+    """
+
+    settings: Serve
+    """Its files by absolute paths."""
+    models: tuple[ModelSpec, ...] = ()
+    """One for each model that has a version in service, with a lane or without."""
 
 
 # --- supervisor -> engine
 
 
 class Configure(Struct, frozen=True, tag="configure"):
-    """Everything that the engine shall run. Lanes that are not named stop."""
+    """Everything that the engine shall run. Lanes that are not named stop; so does serving."""
 
     lanes: tuple[LaneSpec, ...]
     bucket_s: Annotated[float, Meta(gt=0)] = 60.0
+    serve: ServeSpec | None = None
 
 
 class Stored(Struct, frozen=True, tag="stored"):
@@ -120,6 +141,24 @@ class LaneState(Struct, frozen=True, omit_defaults=True, tag="lane"):
     detail: Text = ""
 
 
+class ServeState(Struct, frozen=True, omit_defaults=True, tag="serve"):
+    """Serving as it is, sent on every change and at least once a second while there is to be any."""
+
+    state: Literal["starting", "listening", "failed"]
+    url: str = ""
+    grpc: str = ""
+    """host:port; empty where there is no gRPC."""
+    mqtt: Literal["off", "connecting", "connected", "failed"] = "off"
+    mqtt_detail: Text = ""
+    models: tuple[LaneState, ...] = ()
+    """Serving counts as a lane of each of its models: its windows are requests that were answered.
+
+    ``errors`` are those that the model is to blame for.
+    """
+    code: ErrorCode | None = None
+    detail: Text = ""
+
+
 class Fitted(Struct, frozen=True, tag="fitted"):
     """A calibration has ended; the supervisor keeps it and hands it back in the ``LaneSpec``."""
 
@@ -138,4 +177,4 @@ class Product(Struct, frozen=True, tag="product"):
 
 
 ToEngine = Configure | Stored
-FromEngine = Hello | LaneState | Fitted | Product
+FromEngine = Hello | LaneState | ServeState | Fitted | Product

@@ -18,9 +18,9 @@ import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from msgspec import to_builtins
+from msgspec import Struct, to_builtins
 from msgspec.structs import replace
 
 from agent.core import tags
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 ENROL_S: Final = 60.0
 M_ARENA_MAX: Final = -8
+_Table = TypeVar("_Table", bound=Struct)
 
 
 class JsonLines(logging.Formatter):
@@ -102,12 +103,25 @@ def read_settings(layout: Layout) -> AgentSettings:
 
 
 def with_files(settings: AgentSettings, directory: Path) -> AgentSettings:
-    """Return the settings with the sources' files found from ``directory``, and tags read from theirs.
+    """Return the settings with their files found from ``directory``, and tags read from theirs.
 
     So the tags are a part of the lane's source like any other: a changed file is a changed source.
     Raises ``config.invalid`` naming the file, and the line.
     """
-    return replace(settings, lanes=tuple(_with_files(lane, directory) for lane in settings.lanes))
+    serve = settings.serve
+    if serve.mqtt is not None:
+        serve = replace(serve, mqtt=_found_from(serve.mqtt, directory))
+    return replace(
+        settings,
+        serve=_found_from(serve, directory),
+        lanes=tuple(_with_files(lane, directory) for lane in settings.lanes),
+    )
+
+
+def _found_from(table: _Table, directory: Path) -> _Table:
+    """Return a table of the configuration with all its ``*_file`` as absolute paths."""
+    files = {name: getattr(table, name) for name in table.__struct_fields__ if name.endswith("_file")}
+    return replace(table, **{key: str(directory / path) for key, path in files.items() if path is not None})
 
 
 def _with_files(lane: Lane, directory: Path) -> Lane:

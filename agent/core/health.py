@@ -60,6 +60,8 @@ class LaneSeen(Struct, frozen=True):
     errors: Count = 0
     source_works: bool = False
     """Its source has given rows to some version before."""
+    on_demand: bool = False
+    """It answers requests: that nobody asks says nothing of it."""
 
 
 class Watch(Struct, frozen=True):
@@ -99,8 +101,9 @@ def judge(w: Watch, lanes: Sequence[LaneSeen], now: float, *, trial_s: float, st
     """Judge a trial.
 
     ``starts`` counts the engine processes that began while it lasted. A model
-    without a lane has only to last as long. A source that gives nothing says
-    nothing of the model: the trial goes on until windows come.
+    without a lane has only to last as long; where it is served, it must be in
+    service for that time, and few of its answers may be errors. A source that
+    gives nothing says nothing of the model: the trial goes on until windows come.
     """
     if starts > MAX_STARTS:
         return Verdict(Judgement.BAD, "trial.crashed", f"the engine was started {starts} times")
@@ -110,7 +113,8 @@ def judge(w: Watch, lanes: Sequence[LaneSeen], now: float, *, trial_s: float, st
         return bad
     lasted = w.running is not None and now - w.running >= trial_s
     recent = max(GROWN_S, trial_s)
-    scoring = all(n > 0 and now - at < recent for n, at in w.grown.values())
+    asked = {lane.lane for lane in lanes if lane.on_demand}
+    scoring = all(n > 0 and now - at < recent for lane, (n, at) in w.grown.items() if lane not in asked)
     return Verdict(Judgement.GOOD) if lasted and scoring else Verdict()
 
 

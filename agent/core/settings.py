@@ -46,6 +46,51 @@ class Probe(Struct, frozen=True, forbid_unknown_fields=True):
     """``first`` takes the first variant that passes, and downloads no other to compare it with."""
 
 
+class LocalBroker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a broker of the plant is, and who asks."""
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    """Default 1883, with TLS 8883."""
+    client_id: str = ""
+    tls: bool = False
+    ca_file: str | None = None
+    certificate_file: str | None = None
+    key_file: str | None = None
+    credentials_file: str | None = None
+    """TOML with ``username`` and ``password``."""
+
+
+class ServeMqtt(LocalBroker, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Requests as messages on a broker of the plant: ``<prefix>/<model>``."""
+
+    prefix: Annotated[str, Meta(max_length=512, pattern=r"^[^/$+#\x00][^+#\x00]*[^/+#\x00]$")] = (
+        "pithead/infer"
+    )
+    qos: Literal[0, 1, 2] = 1
+    """Of the subscription; an answer goes out with its request's."""
+    concurrency: Annotated[int, Meta(ge=1, le=4096)] = 32
+    """Requests that may be under way, their answers included; more are refused at once."""
+
+
+class Serve(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Serving the models in the slots to applications on this device, or near it."""
+
+    enabled: bool = False
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    http_port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    """0 takes a free one."""
+    grpc_port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """Without it there is no gRPC, and nothing of it in memory."""
+    token_file: str | None = None
+    """Bearer tokens, made by ``pithead-agent serve --new-token``; needed beyond loopback."""
+    tls_certificate_file: str | None = None
+    tls_key_file: str | None = None
+    memory_budget_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 0
+    """For all served models together: the idle ones leave first. 0: no limit."""
+    mqtt: ServeMqtt | None = None
+
+
 class Lane(Struct, frozen=True, forbid_unknown_fields=True):
     """One lane: a sensor source and the model that watches it."""
 
@@ -61,6 +106,7 @@ class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     broker: Broker = Broker()
     storage: Storage = Storage()
     probe: Probe = Probe()
+    serve: Serve = Serve()
     engine: Resources = Resources()
     """What the device lends to its models."""
     accelerators: dict[Name, Custom] = {}
@@ -75,6 +121,7 @@ SECTIONS: Final[dict[str, type[Struct]]] = {
     "broker": Broker,
     "storage": Storage,
     "probe": Probe,
+    "serve": Serve,
     "engine": Resources,
 }
 PREFIX: Final = "PITHEAD_AGENT_"
@@ -112,6 +159,7 @@ def parse(table: object, more_kinds: Callable[[], Collection[str]] = tuple) -> A
         settings = msgspec.convert(table, AgentSettings)
     except msgspec.ValidationError as error:
         raise PitheadError("config.invalid", f"agent.toml: {error}") from error
+    _check_serve(settings.serve)
     names = [lane.name for lane in settings.lanes]
     for name in names:
         if names.count(name) > 1:
@@ -126,3 +174,21 @@ def parse(table: object, more_kinds: Callable[[], Collection[str]] = tuple) -> A
                 key="source.kind",
             )
     return settings
+
+
+def _check_serve(serve: Serve) -> None:
+    """Raise ``config.invalid`` for what would serve everybody, or not at all."""
+    loopback = serve.host in {"localhost", "::1"} or serve.host.startswith("127.")
+    if not loopback and serve.token_file is None:
+        raise _refuse(
+            "token_file", f"{serve.host} is not loopback: name tokens, so that not everybody may ask"
+        )
+    if (serve.tls_certificate_file is None) != (serve.tls_key_file is None):
+        missing = "tls_key_file" if serve.tls_key_file is None else "tls_certificate_file"
+        raise _refuse(missing, "a certificate needs its key, and a key its certificate")
+    if serve.grpc_port == serve.http_port != 0:
+        raise _refuse("grpc_port", f"{serve.grpc_port} is the http_port too")
+
+
+def _refuse(key: str, why: str) -> PitheadError:
+    return PitheadError("config.invalid", f"agent.toml: serve.{key}: {why}", key=f"serve.{key}")

@@ -12,7 +12,7 @@ from typing import Final
 from agent.engine.calibration import Calibration, check_fit
 from agent.engine.score import Debounce
 from agent.engine.window import Bounds, Windower
-from agent.ports import FitResult, LaneSpec
+from agent.ports import FitResult, LaneSpec, ModelSpec
 from contract.errors import PitheadError
 from contract.manifest import FileRef, Manifest, Pipeline, Score, Variant
 from contract.package import MAX_MANIFEST, parse_manifest
@@ -94,17 +94,14 @@ def load(spec: LaneSpec) -> Served:
     Raises ``package.*`` for files that are not what the manifest says, and
     ``inference.*`` where the runtime refuses.
     """
-    manifest = _manifest(spec)
+    manifest = read_manifest(spec)
     pipeline, score = manifest.pipeline, manifest.score
     if pipeline is None or score is None:
         raise PitheadError("package.manifest_invalid", f"{manifest.name} has no pipeline or score for a lane")
-    variant = _variant(manifest, spec)
-    model = _verified(spec, variant.file)
+    variant = find_variant(manifest, spec)
     if spec.fit is not None:
         check_fit(spec.fit, pipeline.fit, len(pipeline.channels))
-    hints = variant.accelerator_options.get(spec.accelerator)
-    accelerator = find(variant.format, spec.accelerator, spec.custom, hints)
-    session = open_session(model, variant.format, accelerator, resources=spec.resources)
+    session = open_variant(variant, spec)
     try:
         scorer = Scorer(session, pipeline, score, variant.inputs, variant.outputs)
         scorer.warm_up()
@@ -130,7 +127,8 @@ def load(spec: LaneSpec) -> Served:
     return served
 
 
-def _manifest(spec: LaneSpec) -> Manifest:
+def read_manifest(spec: ModelSpec) -> Manifest:
+    """Return the manifest that ``spec`` names; raises ``package.*`` where its bytes are others."""
     try:
         with Path(spec.manifest).open("rb") as file:
             data = file.read(MAX_MANIFEST + 1)
@@ -141,7 +139,8 @@ def _manifest(spec: LaneSpec) -> Manifest:
     return parse_manifest(data)
 
 
-def _variant(manifest: Manifest, spec: LaneSpec) -> Variant:
+def find_variant(manifest: Manifest, spec: ModelSpec) -> Variant:
+    """Return the variant that ``spec`` names, if it is made for the accelerator."""
     for variant in manifest.variants:
         if variant.name == spec.variant:
             if spec.accelerator not in variant.accelerators:
@@ -153,7 +152,15 @@ def _variant(manifest: Manifest, spec: LaneSpec) -> Variant:
     raise PitheadError("package.manifest_invalid", f"{manifest.name} has no variant {spec.variant}")
 
 
-def _verified(spec: LaneSpec, ref: FileRef) -> bytes:
+def open_variant(variant: Variant, spec: ModelSpec) -> Session:
+    """Return a session of the very bytes that the manifest names; raises ``package.*``, ``inference.*``."""
+    model = _verified(spec, variant.file)
+    hints = variant.accelerator_options.get(spec.accelerator)
+    accelerator = find(variant.format, spec.accelerator, spec.custom, hints)
+    return open_session(model, variant.format, accelerator, resources=spec.resources)
+
+
+def _verified(spec: ModelSpec, ref: FileRef) -> bytes:
     """Return the file's bytes, read once: what was hashed is what the runtime gets."""
     path = spec.files.get(ref.path)
     if path is None:

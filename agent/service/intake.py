@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from agent.core import health, slots
 from agent.core.blame import SOON_S, Suspect
-from agent.ports import Configure, Fitted, Hello, LaneSpec, LaneState, Product, Stored
+from agent.ports import Configure, Fitted, Hello, LaneState, ModelSpec, Product, ServeState, Stored
 from agent.service import events
 from agent.service.engine_process import EngineKeeper
 from agent.service.world import World
@@ -77,18 +77,20 @@ class Intake:
         if event.connection != self._connection:
             return
         detail = "the engine died while the version was in service"
-        suspects = _at_work(self._configured.lanes if self._configured else (), self._world.lanes.values())
+        said = [*self._world.lanes.values(), *(self._world.serve.models if self._world.serve else ())]
+        suspects = _at_work(_models(self._configured), said)
         if self._hanging:
-            detail, suspects = f"a lane said nothing for {health.SILENT_S:.0f} s", self._hanging
+            detail, suspects = f"its threads said nothing for {health.SILENT_S:.0f} s", self._hanging
         age_s = 0.0 if self._hello is None else self._now() - self._hello.started_mono_us / 1e6
         self._lost = Loss(suspects, detail, soon=age_s < SOON_S)
         self._connection, self._configured, self._hanging = 0, None, frozenset()
         self._world.forget_lanes()
 
     def watch(self) -> None:
-        """Kill an engine of which a lane hangs: its thread is stuck in a model, and takes no order."""
+        """Kill an engine of which a lane, or serving, hangs: its thread is stuck in a model."""
         if self._engine.paused:
             self._world.heard = dict.fromkeys(self._world.heard, self._now())
+            self._world.serve_heard = self._now()
         if self._connection == 0 or self._configured is None or self._engine.paused:
             self._configured_at = self._now()
             return
@@ -98,12 +100,17 @@ class Intake:
             for spec in self._configured.lanes
             if max(self._world.heard.get(spec.lane, 0.0), self._configured_at) < since
         ]
-        if not silent or self._hanging:
+        serve = self._configured.serve
+        if serve is not None and max(self._world.serve_heard, self._configured_at) >= since:
+            serve = None
+        if self._hanging or not (silent or serve):
             return
-        self._hanging = frozenset(
-            _serving(self._world.lanes.get(spec.lane)) or _suspect(spec) for spec in silent
-        )
-        log.error("engine.lane_hangs", extra={"facts": {"lanes": [spec.lane for spec in silent]}})
+        hanging = {_serving(self._world.lanes.get(spec.lane)) or _suspect(spec) for spec in silent}
+        if serve is not None:
+            hanging |= {_serving(self._world.served(m.model_name)) or _suspect(m) for m in serve.models}
+        self._hanging = frozenset(hanging)
+        facts = {"lanes": [spec.lane for spec in silent], "serving": serve is not None}
+        log.error("engine.lane_hangs", extra={"facts": facts})
         self._engine.kill()
 
     def said(self, event: events.EngineSaid) -> None:
@@ -115,6 +122,8 @@ class Intake:
             return
         elif isinstance(message, LaneState):
             self._world.lane_said(message, self._now())
+        elif isinstance(message, ServeState):
+            self._world.serve_said(message, self._now())
         elif isinstance(message, Fitted):
             self._world.fitted(message.lane, message.digest, message.fit)
         else:
@@ -149,11 +158,12 @@ class Intake:
         """Tell the engine what to run, when that has changed or the engine is new."""
         if self._connection == 0:
             return
-        wanted = Configure(self._world.lane_specs(), self._world.reporting.bucket_s)
-        self._engine.lanes = len(wanted.lanes)
+        world = self._world
+        wanted = Configure(world.lane_specs(), world.reporting.bucket_s, world.serve_spec())
+        self._engine.lanes = len(wanted.lanes) + (wanted.serve is not None)
         if wanted == self._configured:
             return
-        if self._fresh and wanted.lanes:
+        if self._fresh and _models(wanted):
             self._count_start(wanted)
         if self._engine.send(wanted):
             self._configured, self._configured_at = wanted, self._now()
@@ -187,7 +197,7 @@ class Intake:
 
     def _count_start(self, wanted: Configure) -> None:
         """Count a new engine, durably, before it is given versions on trial that may end it."""
-        given = set(map(_suspect, wanted.lanes))
+        given = set(map(_suspect, _models(wanted)))
         for found in self._world.slots.all().values():
             trial = found.trial
             if trial and Suspect(found.model_name, trial.digest, trial.activation) in given:
@@ -195,7 +205,14 @@ class Intake:
         self._fresh = False
 
 
-def _suspect(spec: LaneSpec) -> Suspect:
+def _models(configured: Configure | None) -> tuple[ModelSpec, ...]:
+    """Return every session that was asked for."""
+    if configured is None:
+        return ()
+    return (*configured.lanes, *(configured.serve.models if configured.serve is not None else ()))
+
+
+def _suspect(spec: ModelSpec) -> Suspect:
     return Suspect(spec.model_name, spec.digest, spec.activation)
 
 
@@ -205,7 +222,7 @@ def _serving(state: LaneState | None) -> Suspect | None:
     return Suspect(state.model_name, state.digest, state.activation)
 
 
-def _at_work(configured: Collection[LaneSpec], lanes: Iterable[LaneState]) -> frozenset[Suspect]:
+def _at_work(configured: Collection[ModelSpec], lanes: Iterable[LaneState]) -> frozenset[Suspect]:
     """Return the sessions that were asked for and that were seen in service or loading.
 
     One of which nothing was seen yet, while others spoke, is none of them: its

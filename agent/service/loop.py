@@ -341,6 +341,7 @@ class Supervisor:
                 server="ok" if failed is None else f"{failed.code}: {failed.detail}",
                 outbox=self._parts.outbox.health(),
                 desired=self._world.desired,
+                serve=self._world.serve,
             ),
         )
 

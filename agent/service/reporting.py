@@ -229,11 +229,22 @@ class Reporter:
             state = self._world.lanes.get(lane.name)
             if state is not None and state.code is not None:
                 return state.code, state.detail
+        return self._serving_trouble(found.model_name)
+
+    def _serving_trouble(self, model_name: Name) -> tuple[ErrorCode | None, str]:
+        """What serving says of a model; of its own failure only where nothing else runs the model."""
+        world = self._world
+        state = world.served(model_name)
+        if state is not None and state.code is not None:
+            return state.code, state.detail
+        if world.serve is not None and not world.lanes_of(model_name):
+            return world.serve.code, world.serve.detail
         return None, ""
 
     def _lane_state(self, model_name: Name) -> LaneReport:
-        """The worst of a model's lanes stands for all."""
-        found = [self._world.lanes.get(lane.name) for lane in self._world.lanes_of(model_name)]
+        """The worst of a model's lanes stands for all; where it has none, serving does."""
+        lanes = self._world.lanes_of(model_name)
+        found = [self._world.lanes.get(lane.name) for lane in lanes] or [self._world.served(model_name)]
         states: list[LaneReport] = [state.state for state in found if state is not None]
         return max(states, key=LANE_ORDER.index, default="none")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from agent.ports import LaneState
+from agent.ports import LaneState, ServeState
 from contract.messages import Desired, Micros, OutboxHealth, Reported
 
 
@@ -21,6 +21,7 @@ class Snapshot(Struct, frozen=True):
     server: str
     outbox: OutboxHealth
     desired: Desired | None = None
+    serve: ServeState | None = None
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:

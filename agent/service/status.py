@@ -17,7 +17,7 @@ from agent.core.plan import Goal, Observed, goals
 from agent.core.slots import Installed, Slots
 from agent.core.standing import standing
 from agent.identity import record
-from agent.ports import LaneState
+from agent.ports import LaneState, ServeState
 from agent.service.snapshot import Snapshot, read_snapshot
 from agent.service.world import DESIRED
 from agent.store import slots as slot_store
@@ -55,6 +55,7 @@ class ModelStatus(Struct, frozen=True, omit_defaults=True):
     last_good: Place | None = None
     wanted: tuple[Wanted, ...] = ()
     lanes: tuple[LaneState, ...] = ()
+    served: LaneState | None = None
 
 
 class Status(Struct, frozen=True, omit_defaults=True):
@@ -76,6 +77,7 @@ class Status(Struct, frozen=True, omit_defaults=True):
     broker_state: str | None = None
     update_code: ErrorCode | None = None
     update_detail: str = ""
+    serve: ServeState | None = None
     problems: tuple[str, ...] = ()
     """What could not be read, so that nothing is taken for absent that is only hidden."""
 
@@ -123,6 +125,7 @@ def gather(layout: Layout, problems: Sequence[str] = ()) -> Status:
         broker_state=None if live is None else live.broker,
         update_code=None if live is None else live.reported.update_code,
         update_detail="" if live is None else live.reported.update_detail,
+        serve=None if live is None else live.serve,
         problems=tuple(found_problems),
     )
 
@@ -146,6 +149,8 @@ def render(status: Status) -> str:
     if status.outbox_records is not None:
         lost = "".join(f", {n} {kind} lost" for kind, n in status.outbox_lost.items())
         lines.append(f"outbox      {status.outbox_records} records, {status.outbox_bytes} bytes{lost}")
+    if status.serve is not None:
+        lines += _render_serve(status.serve)
     for model in status.models:
         lines += ["", *_render_model(model)]
     return "\n".join(lines) + "\n"
@@ -161,6 +166,15 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def _render_serve(serve: ServeState) -> list[str]:
+    where = ", ".join(place for place in (serve.url, serve.grpc and f"gRPC {serve.grpc}") if place)
+    why = f": {serve.code} {serve.detail}" if serve.code else ""
+    lines = [f"serving     {serve.state} {where}".rstrip() + why]
+    if serve.mqtt != "off":
+        lines.append(f"            MQTT {serve.mqtt} {serve.mqtt_detail}".rstrip())
+    return lines
 
 
 def _render_model(model: ModelStatus) -> list[str]:
@@ -181,6 +195,10 @@ def _render_model(model: ModelStatus) -> list[str]:
         lines.append(
             f"  lane      {lane.lane} {lane.state}, {lane.windows} windows, {lane.errors} errors{why}"
         )
+    if model.served is not None:
+        s = model.served
+        why = f": {s.code} {s.detail}" if s.code else ""
+        lines.append(f"  served    {s.state}, {s.windows} requests, {s.errors} errors{why}")
     for wanted in model.wanted:
         rollout = f" (rollout {wanted.rollout})" if wanted.rollout else ""
         why = f": {wanted.code} {wanted.detail}" if wanted.code else ""
@@ -206,7 +224,13 @@ def _model(found: Slots, goal: Goal, live: Snapshot | None) -> ModelStatus:
         last_good=_installed(found.last_good),
         wanted=tuple(_wanted(a, found, live) for a in goal.assignments),
         lanes=lanes,
+        served=_served(found.model_name, live),
     )
+
+
+def _served(model_name: Name, live: Snapshot | None) -> LaneState | None:
+    models = () if live is None or live.serve is None else live.serve.models
+    return next((state for state in models if state.model_name == model_name), None)
 
 
 def _wanted(wanted: ModelAssignment, found: Slots, live: Snapshot | None) -> Wanted:

@@ -1,6 +1,5 @@
 """What the device is now: its stores, its engine's lanes and its last failures, as values for the planner."""
 
-import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from agent.core.layout import Layout
 from agent.core.settings import AgentSettings, Lane
 from agent.core.slots import Installed, Serving, Slots
 from agent.errors import from_os
-from agent.ports import FitResult, LaneSpec, LaneState
+from agent.ports import FitResult, LaneSpec, LaneState, ModelSpec, ServeSpec, ServeState
+from agent.service.specs import binding_of, lane_seen, model_spec
 from agent.store.objects import ObjectStore
 from agent.store.slots import SlotStore
 from agent.store.state import StateStore
@@ -31,6 +31,8 @@ DESIRED: Final = "desired"
 ETAG: Final = "etag"
 FIT: Final = "fit/"
 CHOSEN: Final = "chosen/"
+SERVING: Final = "serving"
+"""Stands where a lane's name would, of a model that is only served."""
 
 
 class Machine(Struct, frozen=True):
@@ -74,6 +76,8 @@ class World:
         self.lanes: dict[str, LaneState] = {}
         self.heard: dict[str, float] = {}
         """When each lane spoke last, by the monotonic clock."""
+        self.serve: ServeState | None = None
+        self.serve_heard = 0.0
         self.failures: dict[Sha256, plan.Failure] = {}
         self.not_before: dict[Sha256, float] = {}
         self.measured: dict[Sha256, dict[Name, ProbeReport]] = {}
@@ -176,6 +180,20 @@ class World:
                 specs.append(self._lane_spec(lane, serving))
         return tuple(specs)
 
+    def serve_spec(self) -> ServeSpec | None:
+        """Return what the engine shall serve to applications: whatever serves and has its files."""
+        if not self.settings.serve.enabled:
+            return None
+        found = self.slots.all()
+        serving = ((name, self.in_service(found[name])) for name in sorted(found))
+        models = tuple(self._model_spec(name, s) for name, s in serving if s is not None)
+        return ServeSpec(self.settings.serve, models)
+
+    def served(self, model_name: Name) -> LaneState | None:
+        """Return what serving says of a model."""
+        models = () if self.serve is None else self.serve.models
+        return next((state for state in models if state.model_name == model_name), None)
+
     def in_service(self, found: Slots) -> Serving | None:
         """Return what shall run of a model now: while files of it are lost, what it came after stands in."""
         last = None if found.last_good is None else Serving(found.last_good)
@@ -201,6 +219,7 @@ class World:
         """What the lanes said is of no account any more: the engine cannot be heard, or is another."""
         self.lanes.clear()
         self.heard.clear()
+        self.serve = None
 
     def lane_said(self, state: LaneState, now: float) -> None:
         """Take a lane's state; files that it found damaged are deleted, so that they are fetched again."""
@@ -208,6 +227,16 @@ class World:
         self.lanes[state.lane], self.heard[state.lane] = state, now
         if state.windows:
             self._works.add(state.lane)
+        self._check_damage(state, before)
+
+    def serve_said(self, state: ServeState, now: float) -> None:
+        """Take the state of serving; damaged files are dealt with as a lane's."""
+        before = {model.model_name: model for model in self.serve.models} if self.serve is not None else {}
+        self.serve, self.serve_heard = state, now
+        for model in state.models:
+            self._check_damage(model, before.get(model.model_name))
+
+    def _check_damage(self, state: LaneState, before: LaneState | None) -> None:
         if state.code not in health.DAMAGE or (before is not None and before.code == state.code):
             return
         for installed in self.slots.get(state.model_name).installed():
@@ -316,7 +345,14 @@ class World:
     def _lanes_seen(
         self, model_name: Name, serving: Serving, now: float | None = None
     ) -> list[health.LaneSeen]:
-        """Return a model's lanes as they concern a version; without ``now`` whenever they spoke."""
+        """Return a model's lanes as they concern a version; without ``now`` whenever they spoke.
+
+        Where a model has none and models are served, serving stands for one.
+        """
+        if self.settings.serve.enabled and not self.lanes_of(model_name):
+            silent = now is not None and self.serve is not None and now - self.serve_heard > health.STALE_S
+            seen = lane_seen(SERVING, self.served(model_name), serving, silent=silent)
+            return [msgspec.structs.replace(seen, on_demand=True)]
         return [
             lane_seen(
                 lane.name,
@@ -329,30 +365,22 @@ class World:
         ]
 
     def _lane_spec(self, lane: Lane, serving: Serving) -> LaneSpec:
-        installed = serving.installed
+        model = self._model_spec(lane.model, serving)
         source = dict(lane.source)
         path = source.get("path")
         if isinstance(path, str):
             source["path"] = str(self.layout.config.parent / Path(path))
-        binding = _binding(source, self._asked(lane.name))
+        binding = binding_of(source, self._asked(lane.name))
         return LaneSpec(
             lane=lane.name,
-            model_name=lane.model,
-            version=installed.version,
-            digest=installed.digest,
-            manifest=str(self.objects.path(installed.digest)),
-            files={path: str(self.objects.path(sha256)) for path, sha256 in installed.files.items()},
-            variant=installed.variant,
-            accelerator=installed.accelerator,
             source=source,
-            activation=serving.activation,
-            fit=self._fits.get(self._fit_key(installed.digest, lane.name, binding)),
+            fit=self._fits.get(self._fit_key(model.digest, lane.name, binding)),
             binding=binding,
-            custom={
-                name: c for name, c in self.settings.accelerators.items() if name == installed.accelerator
-            },
-            resources=self.settings.engine,
+            **msgspec.structs.asdict(model),
         )
+
+    def _model_spec(self, model_name: Name, serving: Serving) -> ModelSpec:
+        return model_spec(model_name, serving, self.objects, self.settings)
 
     def _asked(self, lane: str) -> str:
         """Return when another calibration was last asked for; raises ``storage.*``."""
@@ -366,36 +394,6 @@ class World:
 
     def _fit_key(self, digest: Sha256, lane: str, binding: str) -> str:
         return f"{self.machine.device}/{digest}/{lane}/{binding}"
-
-
-def _binding(source: Mapping[str, object], asked: str) -> str:
-    """Return what a fit holds for: one source, until another calibration is asked for."""
-    text = msgspec.json.encode([source, asked], order="sorted")
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def lane_seen(
-    name: str, state: LaneState | None, serving: Serving, *, silent: bool = False, source_works: bool = False
-) -> health.LaneSeen:
-    """Return a lane as a version's judge sees it; what concerns another session counts as loading."""
-    if state is None:
-        return health.LaneSeen(name)
-    mine = (serving.digest, serving.activation)
-    serves = (state.digest, state.activation) == mine
-    concerns = serves or (state.wanted_digest, state.wanted_activation) == mine
-    if not concerns:
-        return health.LaneSeen(name, "loading")
-    failed = state.state == "failed" or not serves
-    return health.LaneSeen(
-        lane=name,
-        state="silent" if silent and state.state != "failed" else state.state,
-        serves=serves,
-        code=state.code if failed else None,
-        detail=state.detail,
-        windows=state.windows,
-        errors=state.errors,
-        source_works=source_works,
-    )
 
 
 def variant_files(variant: Variant) -> tuple[FileRef, ...]:

@@ -27,8 +27,9 @@ from agent.service.children import Children, Download
 from agent.service.engine_process import EngineKeeper
 from agent.service.intake import MOST_UNSTORED, Intake
 from agent.service.reporting import Clock, Reporter
+from agent.service.specs import lane_seen
 from agent.service.steps import Steps
-from agent.service.world import Machine, World, lane_seen
+from agent.service.world import Machine, World
 from agent.store.objects import ObjectStore
 from agent.store.outbox import Outbox
 from agent.store.slots import SlotStore
