@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
+from contract.features import MAX_FEATURES, Feature, height
 from contract.messages import END, NO_NUL, Count, Fact, Label, Name, Real, Sha256, Text, Version
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -46,6 +47,7 @@ MAX_VECTORS: Final = 10_000
 MAX_TENSORS: Final = 64
 Channels = Annotated[tuple["Channel", ...], Meta(min_length=1, max_length=MAX_CHANNELS)]
 PerChannel = Annotated[tuple[Real, ...], Meta(max_length=MAX_CHANNELS)]
+PerFeature = Annotated[tuple[Real, ...], Meta(max_length=65536)]
 RangePerChannel = Annotated[tuple[tuple[Real, Real], ...], Meta(max_length=MAX_CHANNELS)]
 Hertz = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Shape = Annotated[tuple[Annotated[int, Meta(ge=-1, le=2**31 - 1)], ...], Meta(max_length=16)]
@@ -145,7 +147,9 @@ class Pipeline(Struct, frozen=True, omit_defaults=True):
     """From samples to the input tensor: the last ``window`` samples, each ``stride`` samples.
 
     x' = (x - mean) / scale per channel, clipped to +-``clip``; the window is
-    flattened sample by sample into the input tensor's shape.
+    flattened sample by sample into the input tensor's shape. With
+    ``features``, these of the normalised window take the place of its
+    samples: f' = (f - feature_mean) / feature_scale.
     """
 
     channels: Channels
@@ -156,12 +160,23 @@ class Pipeline(Struct, frozen=True, omit_defaults=True):
     clip: Annotated[float, Meta(gt=0, le=1e30)] | None = None
     sample_rate_hz: Hertz | None = None
     fit: Fit | None = None
+    features: Annotated[tuple[Feature, ...], Meta(max_length=MAX_FEATURES)] = ()
+    feature_mean: PerFeature = ()
+    """Of each value of the input tensor; empty for 0."""
+    feature_scale: PerFeature = ()
+    """Of each value of the input tensor; empty for 1."""
+
+    @property
+    def values(self) -> int:
+        """How many values of one window the model gets."""
+        rows = sum(height(f, self.window) for f in self.features) if self.features else self.window
+        return rows * len(self.channels)
 
 
 class Score(Struct, frozen=True, omit_defaults=True):
     """From the output tensor to one number per window, and the alarm on it.
 
-    ``reconstruction_mse``: mean over the input of (input - output)^2.
+    ``reconstruction_mse``: mean over the input (samples or features) of (input - output)^2.
     ``output``: the single value of the first output tensor.
     """
 

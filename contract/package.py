@@ -10,6 +10,7 @@ from typing import Final, NoReturn
 
 from contract.codec import decode
 from contract.errors import PitheadError
+from contract.features import problems
 from contract.manifest import MANIFEST_NAME, FileRef, Fit, Manifest, Pipeline, Score, TensorSpec, Variant
 
 MAX_MANIFEST: Final = 1024 * 1024
@@ -91,8 +92,9 @@ def _check_pipeline(manifest: Manifest, pipeline: Pipeline, score: Score) -> Non
     if values > MAX_WINDOW_VALUES:
         _refuse("$.pipeline.window", f"window x channels are {values}, the most is {MAX_WINDOW_VALUES}")
     _check_normalisation(pipeline, width)
+    _check_features(pipeline)
     for i, variant in enumerate(manifest.variants):
-        _check_lane(f"$.variants[{i}]", variant, values, score)
+        _check_lane(f"$.variants[{i}]", variant, pipeline, score)
     if pipeline.fit is not None:
         _check_fit(pipeline.fit, width, values)
     if manifest.reference is not None:
@@ -101,18 +103,33 @@ def _check_pipeline(manifest: Manifest, pipeline: Pipeline, score: Score) -> Non
             _refuse("$.reference.channels", f"{unknown[0]!r} is no channel of the pipeline")
 
 
-def _check_lane(path: str, variant: Variant, values: int, score: Score) -> None:
+def _check_features(pipeline: Pipeline) -> None:
+    for i, feature in enumerate(pipeline.features):
+        for field, why in problems(feature, pipeline.window, pipeline.sample_rate_hz):
+            _refuse(f"$.pipeline.features[{i}].{field}", why)
+    if pipeline.features and pipeline.values > MAX_WINDOW_VALUES:
+        _refuse("$.pipeline.features", f"they are {pipeline.values} values, the most is {MAX_WINDOW_VALUES}")
+    for name, values in (("feature_mean", pipeline.feature_mean), ("feature_scale", pipeline.feature_scale)):
+        if values and (not pipeline.features or len(values) != pipeline.values):
+            _refuse(f"$.pipeline.{name}", f"{len(values)} values for {pipeline.values} of the model's input")
+    for i, value in enumerate(pipeline.feature_scale):
+        if value < SMALLEST_SCALE:
+            _refuse(f"$.pipeline.feature_scale[{i}]", f"{value} is not allowed")
+
+
+def _check_lane(path: str, variant: Variant, pipeline: Pipeline, score: Score) -> None:
     """Check what can be known of a variant in a lane without running it; the probe runs it."""
     if len(variant.inputs) != 1:
         _refuse(f"{path}.inputs", "a model with a pipeline has one input")
     for which, tensor in (("inputs", variant.inputs[0]), ("outputs", variant.outputs[0])):
         if tensor.datatype == "BYTES":
             _refuse(f"{path}.{which}[0].datatype", "a lane has numbers only")
-    shape = variant.inputs[0].shape
+    shape, values = variant.inputs[0].shape, pipeline.values
+    what = "features x channels" if pipeline.features else "window x channels"
     size = _row(variant.inputs[0])
     if size != values:
         said = "an open length" if size is None else f"{size} values"
-        _refuse(f"{path}.inputs[0].shape", f"{list(shape)} holds {said}, window x channels are {values}")
+        _refuse(f"{path}.inputs[0].shape", f"{list(shape)} holds {said}, {what} are {values}")
     size = _row(variant.outputs[0])
     wanted = values if score.method == "reconstruction_mse" else 1
     if size not in (None, wanted):

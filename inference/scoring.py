@@ -23,6 +23,7 @@ from inference.arithmetic import (
     scores,
     squared_errors,
 )
+from inference.features import Features
 from inference.session import Array, Session
 
 BATCH: Final = 256
@@ -30,6 +31,8 @@ BATCH: Final = 256
 BATCH_VALUES: Final = 2**20
 """Of long windows so many that they hold this many values at most, but one at least."""
 SMOOTHING: Final = 0.3
+FEATURE_VALUES: Final = 2**16
+"""Samples x channels of which features are computed together."""
 SIDE_BY_SIDE: Final = 64
 """Rows narrower than this many channels are normalised several at once."""
 
@@ -53,7 +56,10 @@ class Scored:
     """What became of some windows, in their order."""
 
     x: Floats
-    """(windows, window, channels), normalised; may be a view in which windows share their rows."""
+    """What the model got, normalised: (windows, samples or features, channels).
+
+    May be a view in which windows share their rows.
+    """
     outputs: tuple[Array | None, ...]
     """The first output tensor of each ``step`` windows, as the model gave it; None where it failed on all."""
     step: int
@@ -111,6 +117,7 @@ class Scorer:
                 "package.manifest_invalid", f"the model has no output {outputs[0].name!r}", path="outputs[0]"
             )
         self._output = _completed(first, outputs)
+        self._features = Features(pipeline) if pipeline.features else None
         row, self._batched = _row_shape(self._input, pipeline)
         self._shape = row if self._batched else self._input.shape
         """Of what one window is in a run: without the first axis where that takes any number of windows."""
@@ -140,7 +147,7 @@ class Scorer:
     def warm_up(self) -> None:
         """Run once on zeros: check the output, and let the first real window not pay for lazy work."""
         p = self.pipeline
-        x = np.zeros((1, p.window, len(p.channels)), np.float32)
+        x = self._featured(np.zeros((1, p.window, len(p.channels)), np.float32))
         feed, run_us = quantise(x, self._input), np.empty(1)
         self._run(feed, run_us)
         output, _, error = self._run(feed, run_us)
@@ -162,12 +169,16 @@ class Scorer:
         with np.errstate(invalid="ignore", over="ignore"):
             values = self._normalised(windows.parts)
             x = windows.cut(values, window)
+            if self._features is not None:
+                x = self._featured(x)
+                return self._scored(x, quantise(x, self._input))
             feed = quantise(values, self._input)
             return self._scored(x, x if feed is values else windows.cut(feed, window))
 
     def run_cut(self, x: Floats) -> Scored:
         """Score normalised windows (windows, window, channels)."""
         with np.errstate(invalid="ignore", over="ignore"):
+            x = self._featured(x)
             return self._scored(x, quantise(x, self._input))
 
     def shares(self, scored: Scored, i: int) -> dict[str, float]:
@@ -193,6 +204,16 @@ class Scorer:
                 normalise(rows if k == 1 else rows.reshape(n // k, -1), mean, scale, clip).reshape(n, -1)
             )
         return done[0] if len(done) == 1 else np.concatenate(done)
+
+    def _featured(self, x: Floats) -> Floats:
+        """Return what the model gets of windows, a few at a time: the steps between are large."""
+        if self._features is None:
+            return x
+        found = np.empty((len(x), *self._features.shape), np.float32)
+        step = max(1, FEATURE_VALUES // math.prod(x.shape[1:]))
+        for start in range(0, len(x), step):
+            found[start : start + step] = self._features.of(x[start : start + step])
+        return found
 
     def _scored(self, x: Floats, feed: Array) -> Scored:
         """Score ``x``; ``feed`` is the same in the datatype of the model's input."""
@@ -269,13 +290,14 @@ def _completed(tensor: TensorSpec, known: tuple[TensorSpec, ...]) -> TensorSpec:
 
 def _row_shape(tensor: TensorSpec, pipeline: Pipeline) -> tuple[tuple[int, ...], bool]:
     """Return the shape of one window in ``tensor``, and whether one run takes any number of windows."""
-    size = pipeline.window * len(pipeline.channels)
+    size, width = pipeline.values, len(pipeline.channels)
+    rows = "features" if pipeline.features else "samples"
     batched = bool(tensor.shape) and tensor.shape[0] == -1
     row = tensor.shape[1:] if batched else tensor.shape
     if -1 in row or math.prod(row) != size:
         raise PitheadError(
             "package.manifest_invalid",
-            f"a window has {size} values ({pipeline.window} samples of {len(pipeline.channels)} channels), "
+            f"a window has {size} values ({size // width} {rows} of {width} channels), "
             f"the model's input {tensor.name!r} has the shape {list(tensor.shape)}",
         )
     return row, batched

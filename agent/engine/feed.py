@@ -8,6 +8,7 @@ from agent.engine.clock import Clock
 from agent.engine.sources import open_source
 from agent.engine.sources.base import Batch, Source, Table
 from contract.errors import PitheadError
+from contract.features import Statistics
 from contract.manifest import Pipeline
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,19 @@ def needs(pipeline: Pipeline, table: Table) -> tuple[object, ...]:
     """What of a pipeline the source that ``table`` describes depends on; a rate of its own goes first."""
     rate = pipeline.sample_rate_hz if table.get("rate_hz") is None else None
     return tuple(c.name for c in pipeline.channels), rate
+
+
+def _check_rate(table: Table, pipeline: Pipeline) -> None:
+    """Features in Hz are wrong at any other rate than the manifest's."""
+    rate, made_for = table.get("rate_hz"), pipeline.sample_rate_hz
+    if made_for is None or not isinstance(rate, int | float) or rate == made_for:
+        return
+    if any(not isinstance(f, Statistics) for f in pipeline.features):
+        raise PitheadError(
+            "config.invalid",
+            f"lanes.source.rate_hz is {rate}; the model's bands in Hz are for {made_for}",
+            key="rate_hz",
+        )
 
 
 class Feed:
@@ -47,6 +61,7 @@ class Feed:
             self._become(table, pipeline)
         try:
             if self._source is None:
+                _check_rate(table, pipeline)
                 if self._retry_at is None or self._clock.mono() < self._retry_at:
                     return None
                 self._source = open_source(table, pipeline, self._clock)

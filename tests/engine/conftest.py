@@ -28,6 +28,7 @@ from agent.ports import (
     Product,
     Stored,
 )
+from contract.features import Feature, height
 from contract.manifest import (
     Channel,
     FileRef,
@@ -142,11 +143,12 @@ def make_package(
     channels: tuple[Channel, ...] = tuple(Channel(name=n, minimum=-1000.0, maximum=1000.0) for n in CHANNELS),
     score: Score | None = None,
     clip: float | None = 6.0,
+    features: tuple[Feature, ...] = (),
 ) -> Package:
     """Write the objects of a package with one variant; ``kind`` is int8 or float32, then the format."""
     quantisation, model_format = kind.split(".")
     builder = tflite_builder if model_format == "tflite" else onnx_builder
-    width = window * len(channels)
+    width = (sum(height(f, window) for f in features) or window) * len(channels)
     model = net or network(width)
     if quantisation == "int8":
         calibration = np.random.default_rng(3).normal(size=(256, width)) * 2.5
@@ -184,6 +186,7 @@ def make_package(
             clip=clip,
             sample_rate_hz=100.0,
             fit=fit,
+            features=features,
         ),
         score=score or Score(method="reconstruction_mse", threshold=threshold),
     )

@@ -20,8 +20,10 @@ from agent.engine.loading import Loader, load
 from agent.engine.outlet import Outlet
 from agent.ports import FitResult
 from contract.errors import PitheadError
+from contract.features import Bands, Statistics
 from contract.manifest import Fit, Score
 from contract.sketch import merge, quantile
+from inference.features import Features
 from models.dense import Layer, Network
 from tests.engine.conftest import (
     CHANNELS,
@@ -395,6 +397,26 @@ def test_a_calibration_without_a_source_says_so(engine: Engine, tmp_path: Path):
     assert (failed.code, failed.digest, failed.wanted_digest) == ("source.failed", None, package.digest)
     write_csv(tmp_path / "later.csv", samples())
     supervisor.until_state(state="running", code=None)
+
+
+def test_a_lane_computes_features_between_window_and_model(engine: Engine, tmp_path: Path):
+    features = (Statistics(("mean", "rms", "kurtosis")), Bands(((5.0, 20.0), (20.0, 51.0)), decibel=True))
+    package = make_package(tmp_path, window=20, stride=5, features=features, score=EVERY)
+    rows = samples(200)
+    supervisor = engine.connect()
+    supervisor.configure(package.spec(replay(write_csv(tmp_path / "r.csv", rows), rate_hz=100.0, speed=10)))
+    ends = range(19, 200, 5)
+    supervisor.until(lambda: len(supervisor.anomalies) >= len(ends), "all windows are there")
+
+    raw = np.stack([rows[e - 19 : e + 1] for e in ends])
+    x = Features(package.pipeline).of(np.clip((raw - 20) / 3, -6, 6).astype(np.float32))
+    anomalies = supervisor.anomalies[: len(ends)]
+    assert [a.score for a in anomalies] == bare_tflite(package.model(), x)
+    assert all(set(a.contributions) == set(CHANNELS) for a in anomalies)
+    assert all(sum(a.contributions.values()) == pytest.approx(1) for a in anomalies)
+
+    supervisor.configure(package.spec(replay(tmp_path / "r.csv", rate_hz=50.0)))
+    assert "bands in Hz" in supervisor.until_state(state="failed", code="config.invalid").detail
 
 
 def test_the_latency_is_that_of_the_model(engine: Engine, tmp_path: Path):
