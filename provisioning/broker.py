@@ -105,8 +105,8 @@ def reload(directory: Path) -> bool:
     ``eviction.prove`` to show.
     """
     process = running(directory)
-    if process is None:
-        return False
+    if process is None or not _accepts(*listener(directory / "mosquitto.conf")):
+        return False  # one that is still starting would die of the signal, and reads the files anyway
     if (directory / "acl").read_text(encoding="utf-8") != ACCESS_LIST:
         raise PitheadError("config.invalid", f"{directory / 'acl'} was changed; write it again: pithead init")
     _check_revocations(directory / "crl.pem")

@@ -37,10 +37,10 @@ class SiteBroker:
     def apply(self) -> bool:
         """Have the files read, and prove it. A broker that read them and lets everybody in is ended."""
         assert self._canary is not None
-        asked = broker.reload(self._layout.broker)
-        deadline = time.monotonic() + (OBEY_S if asked else 0.0)
         proof = prove(self._layout.site, self._canary, self._host, self._port)
-        while proof is Proof.OPEN and time.monotonic() < deadline:
+        asked = proof is Proof.OPEN and broker.reload(self._layout.broker)
+        deadline = time.monotonic() + OBEY_S
+        while asked and proof is not Proof.IN_FORCE and time.monotonic() < deadline:
             time.sleep(LOOK_AGAIN_S)
             proof = prove(self._layout.site, self._canary, self._host, self._port)
         stopped = asked and proof is Proof.OPEN and broker.stop_running(self._layout.broker)

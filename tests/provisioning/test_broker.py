@@ -245,9 +245,24 @@ def test_a_broker_started_with_a_relative_path_is_found(tmp_path: Path):
     try:
         wait_for(lambda: broker.running(plant.config.parent), "the broker")
         assert broker.running(plant.config.parent) == process.pid
-        assert broker.reload(plant.config.parent)
+        wait_for(lambda: broker.reload(plant.config.parent), "the broker to listen")
     finally:
         broker.stop(process)
+
+
+def test_a_broker_that_is_still_starting_survives_a_reload(tmp_path: Path):
+    """mosquitto has its process id written before it can be told anything."""
+    plant = make_broker_site(tmp_path)
+    for _ in range(5):
+        process = subprocess.Popen([broker.executable(), "-c", str(plant.config)])
+        try:
+            wait_for(lambda: broker.running(plant.config.parent), "the process id")
+            broker.reload(plant.config.parent)
+            wait_for(lambda: broker.reload(plant.config.parent), "the broker to listen")
+            assert process.poll() is None
+        finally:
+            broker.stop(process)
+            (plant.config.parent / "data" / broker.PID_FILE).unlink(missing_ok=True)
 
 
 def test_a_renewed_certificate_is_shown_after_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
