@@ -184,6 +184,11 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "The model directory cannot be read as one.", "Correct what the message names."
     ),
     # --- the control plane's own machine
+    "server.unreachable": ErrorSpec(
+        "The control plane cannot be reached.",
+        "Check the address (--server, PITHEAD_SERVER or cli.toml), and that `pithead serve` runs there.",
+        retryable=True,
+    ),
     "server.unavailable": ErrorSpec(
         "The control plane's database cannot be used now.",
         "Wait and try again; an administrator finds the reason in the server's log.",

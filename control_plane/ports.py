@@ -12,6 +12,10 @@ Clock = Callable[[], int]
 class Publisher(Protocol):
     """Sends messages to devices. No call waits for a device."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is there now."""
+
     def hints(self, hints: Sequence[DesiredHint]) -> frozenset[str]:
         """Publish retained hints; return the devices whose hint the broker has taken."""
 

@@ -7,7 +7,7 @@ names it, since a misspelt setting that does nothing is worse than none.
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -50,7 +50,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of all uploads that no release has taken yet."""
     require_sandbox: bool = False
     """Admit no model where the kernel or libseccomp cannot confine the process that opens it."""
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @property
     def broker(self) -> str:
@@ -79,6 +79,8 @@ def load(data_dir: Path, environment: Mapping[str, str], overrides: Mapping[str,
     _check_keys(variables, "the environment", PREFIX)
     values |= {name: value.split(",") if name == "names" else value for name, value in variables.items()}
     values |= {name: value for name, value in overrides.items() if value is not None}
+    if isinstance(values.get("log_level"), str):
+        values["log_level"] = str(values["log_level"]).upper()
     try:
         return msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:

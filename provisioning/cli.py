@@ -43,10 +43,13 @@ def status(data_dir: DataDir, offline: Offline = None) -> None:
     """Show which keys and signed files are there, and when the files expire."""
     directory = offline or keys.offline_directory(data_dir)
     missing = 0
+    now = keys.utc_now()
     for file in keys.status(data_dir, directory):
         state = "present" if file.present else "not here"
         if file.expires is not None:
             state = f"version {file.version}, expires {file.expires:%Y-%m-%d}"
+            if file.ends_soon(now):
+                state += f"  SIGN AGAIN: {(file.expires - now).days} days left"
         typer.echo(f"{file.path}  {file.what}: {state}")
         missing += not file.present and file.path.parent != directory
     if missing:

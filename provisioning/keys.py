@@ -62,6 +62,11 @@ MINIMUM_PASSPHRASE: Final = 8
 ENVIRONMENT_VARIABLE: Final = "PITHEAD_KEY_PASSPHRASE"
 """Holds the passphrase of the offline keys where nobody can be asked."""
 
+NEWEST_RELEASE: Final = "image/newest.release.json"
+"""A copy of the newest release metadata, below ``tuf``, for people: the control plane reads its database."""
+WARN_BEFORE: Final = timedelta(days=90)
+"""Offline metadata are signed by people who must be found first."""
+
 Keys = dict[str, CryptoSigner]
 
 
@@ -73,6 +78,10 @@ class FileStatus(Struct, frozen=True):
     present: bool
     expires: datetime | None = None
     version: int | None = None
+
+    def ends_soon(self, now: datetime) -> bool:
+        """Whether it is time to sign it again."""
+        return self.expires is not None and self.expires - now < WARN_BEFORE
 
 
 def offline_directory(data_dir: Path) -> Path:
@@ -105,6 +114,13 @@ def init(data_dir: Path, offline: Path, passphrase: str, now: datetime) -> dict[
 def _init(data_dir: Path, offline: Path, passphrase: str, now: datetime) -> dict[Path, str]:
     files = expected_files(data_dir, offline)
     there = [str(path) for path in files if path.exists()]
+    if there and not all((data_dir / "tuf" / name).exists() for name in METADATA):
+        raise PitheadError(
+            "request.conflict",
+            "an earlier ceremony did not end. If no device was ever enrolled with these keys, delete what it "
+            f"left and hold it again: {', '.join(there)}",
+            files=there,
+        )
     if there:
         raise PitheadError(
             "request.conflict", f"keys are never overwritten; already there: {', '.join(there)}", files=there
@@ -195,8 +211,16 @@ def is_encrypted(path: Path) -> bool:
 
 
 def status(data_dir: Path, offline: Path) -> list[FileStatus]:
-    """Return what of the ceremony is there, and when the signed files expire."""
-    return [_status(path, what) for path, what in expected_files(data_dir, offline).items()]
+    """Return what of the ceremony is there, and when the signed files expire.
+
+    The release metadata are those of the newest release, where there is one.
+    """
+    files = expected_files(data_dir, offline)
+    newest = data_dir / "tuf" / NEWEST_RELEASE
+    if newest.exists():
+        files.pop(data_dir / "tuf" / "image" / "1.release.json")
+        files[newest] = "signed release metadata, the newest"
+    return [_status(path, what) for path, what in files.items()]
 
 
 def _status(path: Path, what: str) -> FileStatus:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, FastAPI
 
 from control_plane.api import problems
 from control_plane.api.auth import Identities
-from control_plane.api.limits import BodyLimit
+from control_plane.api.limits import BodyLimit, StorableAddress
 from control_plane.services.access import Access
 from control_plane.signing import image
 
@@ -56,4 +56,5 @@ def _finish(
     for routes in routers:
         app.include_router(routes)
     app.add_middleware(BodyLimit, limit=limit, uncapped=uncapped, larger=larger)
+    app.add_middleware(StorableAddress)
     return app

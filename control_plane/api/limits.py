@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -47,6 +48,30 @@ class BodyLimit:
                 await answer(scope, receive, send)
                 return
         await self._app(scope, _once(bytes(body), receive), send)
+
+
+class StorableAddress:
+    """ASGI middleware: answers 422 to a NUL in the path or in a parameter, which no database takes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        place = _nul(scope) if scope["type"] == "http" else None
+        if place is None:
+            await self._app(scope, receive, send)
+        else:
+            await problem("request.invalid", f"{place}: holds a NUL")(scope, receive, send)
+
+
+def _nul(scope: Scope) -> str | None:
+    if "\0" in str(scope["path"]):
+        return "path"
+    for name, value in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        if "\0" in name + value:
+            return f"query.{name}".replace("\0", "\\0")
+    return None
 
 
 def _once(body: bytes, receive: Receive) -> Receive:

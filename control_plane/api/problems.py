@@ -112,8 +112,12 @@ async def _known(_request: Request, error: Exception) -> JSONResponse:
     return problem(error.code, error.detail, facts=error.facts)
 
 
-async def _validation(_request: Request, error: Exception) -> JSONResponse:
+async def _validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("Content-Type", "")
+    if "json" not in kind and any(tuple(fault["loc"]) == ("body",) for fault in error.errors()):
+        said = f"is {kind!r}" if kind else "is missing"
+        return problem("request.invalid", f"the header Content-Type {said}; send application/json")
     faults = [
         {"path": ".".join(str(part) for part in fault["loc"]), "message": str(fault["msg"])}
         for fault in error.errors()

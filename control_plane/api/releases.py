@@ -1,7 +1,6 @@
 """The registry over HTTP: read models, upload files, publish a release."""
 
 import base64
-import binascii
 import logging
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from contract.errors import PitheadError
 from control_plane.api.auth import requires
+from control_plane.api.pages import Wanted
 from control_plane.services.access import Principal
 from control_plane.services.releases import Releases
 
@@ -35,7 +35,7 @@ class Staged(BaseModel):
     length: int
 
 
-class NewRelease(BaseModel):
+class NewRelease(Wanted):
     """A release: which version, and the release role's new metadata (base64) that names its files."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
@@ -112,7 +112,7 @@ def router(releases: Releases) -> APIRouter:
         """Publish a version whose files were uploaded and whose metadata a release key has signed."""
         try:
             metadata = base64.b64decode(new.release_metadata, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise PitheadError("request.invalid", f"release_metadata: {error}") from error
         return _detail(releases.publish(caller.name, new.name, new.version, metadata))
 

@@ -34,11 +34,16 @@ class Client:
     def __init__(self, server: str, token: str | None) -> None:
         headers = {"Accept": "application/json"}
         if token:
+            if not token.isascii() or not token.isprintable():
+                raise PitheadError("auth.invalid", "the API token holds letters that no token has")
             headers["Authorization"] = f"Bearer {token}"
         self.server = server.rstrip("/")
-        self._http = httpx.Client(
-            base_url=self.server, headers=headers, timeout=TIMEOUT_S, follow_redirects=False
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=self.server, headers=headers, timeout=TIMEOUT_S, follow_redirects=False
+            )
+        except httpx.InvalidURL as error:
+            raise PitheadError("server.unreachable", f"{server!r} is no address: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +59,7 @@ class Client:
 
     def get(self, path: str, params: Mapping[str, object] | None = None) -> Any:
         """Return the JSON at ``path`` (from ``/api/v1/...``); parameters that are None are left out."""
-        return self.request("GET", path, params=params).json()
+        return self._json(self.request("GET", path, params=params))
 
     def get_bytes(self, path: str) -> bytes:
         """Return the body at ``path``."""
@@ -62,15 +67,15 @@ class Client:
 
     def post(self, path: str, json: object = None) -> Any:
         """Send ``json`` and return the answer's JSON, or None when it has no body."""
-        return _json(self.request("POST", path, json=json))
+        return self._json(self.request("POST", path, json=json))
 
     def patch(self, path: str, json: object) -> Any:
         """Send ``json`` and return the answer's JSON, or None when it has no body."""
-        return _json(self.request("PATCH", path, json=json))
+        return self._json(self.request("PATCH", path, json=json))
 
     def put(self, path: str, json: object = None, *, content: bytes | Iterable[bytes] | None = None) -> Any:
         """Send ``json``, or ``content`` as it is, and return the answer's JSON, or None."""
-        return _json(self.request("PUT", path, json=json, content=content))
+        return self._json(self.request("PUT", path, json=json, content=content))
 
     def delete(self, path: str) -> None:
         """Delete what is at ``path``."""
@@ -96,13 +101,24 @@ class Client:
             answer = self._http.request(
                 method, path, params=httpx.QueryParams(chosen), json=json, content=content
             )
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise PitheadError(
-                "update.unreachable", f"cannot reach the API at {self.server}: {error}"
+                "server.unreachable", f"cannot reach the API at {self.server}: {error}"
             ) from error
         if answer.is_success:
             return answer
         raise _problem(answer)
+
+    def _json(self, answer: httpx.Response) -> Any:
+        if not answer.content:
+            return None
+        try:
+            return answer.json()
+        except ValueError as error:
+            kind = answer.headers.get("Content-Type", "unknown")
+            raise PitheadError(
+                "server.unreachable", f"{self.server} is no control plane: it answers with {kind}"
+            ) from error
 
 
 def connect(server: str | None = None, token: str | None = None) -> Client:
@@ -127,10 +143,6 @@ def read_profile() -> dict[str, str]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PitheadError("config.invalid", f"{path}: {error}") from error
     return {name: str(value) for name, value in values.items() if name in {"server", "token"}}
-
-
-def _json(answer: httpx.Response) -> Any:
-    return answer.json() if answer.content else None
 
 
 def _problem(answer: httpx.Response) -> PitheadError:

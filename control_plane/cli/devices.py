@@ -144,8 +144,10 @@ def revoke(
 def resolve(api: Client, device: str) -> str:
     """Return a device's id: ``device`` itself, unless it is the name of just one active device.
 
-    Raises ``request.invalid`` when several have that name.
+    Raises ``request.invalid`` when several have that name, or there is none in ``device``.
     """
+    if not device.strip():
+        raise PitheadError("request.invalid", "the device is empty; give its id or its name")
     named = api.get("/api/v1/devices", {"name": device, "state": "active"})["items"]
     if len(named) > 1:
         ids = ", ".join(found["id"] for found in named)

@@ -2,16 +2,19 @@
 
 import json
 import time
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
+from contract.errors import PitheadError
 from control_plane.cli.client import ServerOption, TokenOption, connect
 from control_plane.cli.devices import every
 from control_plane.cli.output import Output, OutputOption, moment, print_json, print_table
 
 anomalies_app = typer.Typer(add_completion=False, name="anomalies", no_args_is_help=True)
 events_app = typer.Typer(add_completion=False, name="events", no_args_is_help=True)
+
+MAX_MINUTES: Final = 10 * 366 * 24 * 60
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="Of the last so many minutes.")]
@@ -98,7 +101,11 @@ def list_events(
 
 
 def _since(minutes: float | None) -> int | None:
-    return None if minutes is None else time.time_ns() // 1000 - round(minutes * 60_000_000)
+    if minutes is None:
+        return None
+    if not 0 <= minutes <= MAX_MINUTES:
+        raise PitheadError("request.invalid", f"--minutes: {minutes} is not from 0 to {MAX_MINUTES}")
+    return time.time_ns() // 1000 - round(minutes * 60_000_000)
 
 
 def _because(contributions: dict[str, float]) -> str:

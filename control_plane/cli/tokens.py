@@ -38,7 +38,7 @@ _SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 def create(
     kind: KindOption = Kind.JOIN,
     label: Annotated[list[str] | None, typer.Option(help="join: the devices get name=value; repeat.")] = None,
-    uses: Annotated[int, typer.Option(min=1, help="join: for so many devices.")] = 1,
+    uses: Annotated[int | None, typer.Option(min=1, help="join: for so many devices. [default: 1]")] = None,
     role: Annotated[
         list[str] | None, typer.Option(help="api: viewer, operator, releaser, approver or admin; repeat.")
     ] = None,
@@ -49,12 +49,16 @@ def create(
     token: TokenOption = None,
 ) -> None:
     """Make a token and print it. It cannot be shown again."""
+    if kind is Kind.JOIN and role:
+        raise PitheadError("request.invalid", "--role is for API tokens; say --kind api")
+    if kind is Kind.API and (label or uses is not None):
+        raise PitheadError("request.invalid", "--label and --uses are for join tokens, not for --kind api")
     lifetime = None if ttl is None else _seconds(ttl)
     with connect(server, token) as api:
         if kind is Kind.JOIN:
             wanted: dict[str, object] = {
                 "labels": _pairs(label or []),
-                "max_uses": uses,
+                "max_uses": 1 if uses is None else uses,
                 "description": name,
             }
             if lifetime is not None:

@@ -151,7 +151,7 @@ class Devices:
         """Make a group, or ``replace`` one."""
         if GROUP_NAME.fullmatch(name) is None:
             raise PitheadError("request.invalid", "name: up to 63 of a-z, 0-9 and '-'")
-        record = GroupRecord(name, check_labels(selector), description, self._clock())
+        record = GroupRecord(name, check_labels(selector, "selector"), description, self._clock())
         with self._database.transaction() as tx:
             store.put_group(tx, record, replace=replace)
             events.record(
@@ -171,15 +171,15 @@ class Devices:
             events.record(tx, actor=actor, kind="group.deleted", subject=name, t=self._clock())
 
 
-def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return ``labels``, or raise ``request.invalid`` naming the wrong one."""
+def check_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
+    """Return ``labels``, or raise ``request.invalid`` naming the wrong one of ``field``."""
     if len(labels) > MAX_LABELS:
-        raise PitheadError("request.invalid", f"labels: at most {MAX_LABELS}")
+        raise PitheadError("request.invalid", f"{field}: at most {MAX_LABELS}")
     for name, value in labels.items():
         if LABEL_NAME.fullmatch(name) is None:
-            raise PitheadError("request.invalid", f"labels: {name!r} is not a label (a-z, 0-9 and ._/-)")
+            raise PitheadError("request.invalid", f"{field}: {name!r} is not a label (a-z, 0-9 and ._/-)")
         if LABEL_VALUE.fullmatch(value) is None:
             raise PitheadError(
-                "request.invalid", f"labels.{name}: {value!r} is not a value (A-Z, a-z, 0-9 and ._/-)"
+                "request.invalid", f"{field}.{name}: {value!r} is not a value (A-Z, a-z, 0-9 and ._/-)"
             )
     return dict(labels)

@@ -3,6 +3,7 @@
 import logging
 import re
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,8 @@ from control_plane.signing import image
 from control_plane.signing.image import ImageMetadata
 from control_plane.store import tuf as store
 from control_plane.store.database import Database
-from provisioning.keys import RELEASE_ROLE
+from provisioning import durable
+from provisioning.keys import NEWEST_RELEASE, RELEASE_ROLE, WARN_BEFORE
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,38 @@ class ImageRepository:
             image.check_offline(found.roots, found.targets, found.release)
             image.check_roots(store.all_versions(tx, DIRECTOR, "root"))
         self.renew()
+        self.show()
+
+    def show(self) -> None:
+        """Put a copy of the newest release metadata where `pithead keys status` finds it."""
+        with self._database.reading() as tx:
+            release = self.read(tx).release
+        try:
+            durable.write(self._tuf_dir / NEWEST_RELEASE, release)
+        except OSError as error:
+            log.warning("image_repository.not_shown", extra={"facts": {"error": str(error)}})
+
+    def warn(self) -> list[str]:
+        """Log and return what was signed offline and will expire before long."""
+        with self._database.reading() as tx:
+            found = self.read(tx)
+            signed = {
+                "image root": found.roots[-1],
+                "image targets": found.targets,
+                "release metadata": found.release,
+                "director root": self.director_roots(tx)[-1],
+            }
+        now = datetime.fromtimestamp(self._clock() / 1_000_000, UTC)
+        ending = {name: image.expiry_of(data) for name, data in signed.items()}
+        ending = {name: until for name, until in ending.items() if until - now < WARN_BEFORE}
+        for name, until in ending.items():
+            log.warning(
+                "image_repository.expires_soon",
+                extra={
+                    "facts": {"what": name, "expires": until.isoformat(), "days_left": (until - now).days}
+                },
+            )
+        return list(ending)
 
     def renew(self) -> bool:
         """Sign snapshot and timestamp again when they are due; whether they were."""

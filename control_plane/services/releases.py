@@ -113,6 +113,7 @@ class Releases:
                 released_by=actor,
             )
             self._commit(actor, record, release, metadata, current.release, raw, report)
+        self._image.show()
         log.info("model.released", extra={"facts": {"model": name, "version": version, "actor": actor}})
         return self.version(name, version)
 

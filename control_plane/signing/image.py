@@ -126,6 +126,12 @@ def version_of(data: bytes | None) -> int:
     return 0 if data is None else int(Metadata[Any].from_bytes(data).signed.version)
 
 
+def expiry_of(data: bytes) -> datetime:
+    """Return when a signed file expires."""
+    expires: datetime = Metadata[Any].from_bytes(data).signed.expires
+    return expires
+
+
 def check_release(image: ImageMetadata, data: bytes, name: str, version: str, now: int) -> Release:
     """Return what ``data`` releases, after every check that needs no file.
 

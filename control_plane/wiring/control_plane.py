@@ -180,6 +180,7 @@ class ControlPlane:
             Task("image-metadata", 60.0, self.images.renew),
             Task("revocations", 5.0, self.revocations.tick),
             Task("certificates", 3600.0, self.renew_certificates),
+            Task("offline-metadata", 24 * 3600.0, self.images.warn),
             Task("staging", 600.0, self.releases.sweep),
             Task("retention", 600.0, Retention(self.database, now_micros).tick),
         ]

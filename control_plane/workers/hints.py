@@ -19,6 +19,8 @@ class HintPublisher:
 
     def tick(self) -> int:
         """Tell those that wait; return how many the broker took."""
+        if not self._publisher.connected:
+            return 0  # to make a hint costs a signature
         with self._database.reading() as tx:
             waiting = desired.dirty(tx, limit=200)
         if not waiting:

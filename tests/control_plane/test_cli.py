@@ -4,8 +4,10 @@ import json
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from http.client import HTTPSConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,52 @@ def _enrol(plant: Plant) -> str:
     answer = codec.decode(connection.getresponse().read(), EnrolResponse)
     connection.close()
     return answer.device
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """A web server that is no control plane."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["devices", "list", "--server", "OTHER"], "no control plane: it answers with text/html"),
+        (["devices", "list", "--server", "http://127.0.0.1:9"], "--server"),
+        (["devices", "list", "--server", "http://["], "server.unreachable"),
+        (["devices", "list", "--token", "wr€ng"], "auth.invalid"),
+        (["anomalies", "list", "--minutes", "nan"], "--minutes"),
+        (["events", "list", "--minutes", "1e300"], "--minutes"),
+        (["devices", "show", ""], "the device is empty"),
+        (["tokens", "create", "--role", "operator"], "--kind api"),
+        (["tokens", "create", "--kind", "api", "--uses", "3"], "join tokens"),
+        (["groups", "create", "g", "--label", "x=!"], "selector.x"),
+        (["serve", "--data-dir", "/nowhere", "--log-level", "foo"], "log_level"),
+    ],
+)
+def test_a_slip_is_one_sentence(run: Run, other_server: str, arguments: list[str], says: str) -> None:
+    done = run(*[other_server if word == "OTHER" else word for word in arguments])
+    assert done.returncode == 1, done
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert "the device tries again" not in done.stderr
 
 
 def test_help_is_quick_since_it_loads_nothing_heavy() -> None:

@@ -1,5 +1,6 @@
 """Certificates: what a device asks for is ignored but for its key."""
 
+import base64
 import datetime as dt
 import stat
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_foreign_and_broken_requests_are_refused():
     refused(builder.sign(big, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode())
     good = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
     der = bytearray(good.public_bytes(serialization.Encoding.DER))
+    odd = bytes(der).replace(b"\x02\x01\x00", b"\x02\x01\x05", 1)  # a version that no standard knows
+    refused(
+        "-----BEGIN CERTIFICATE REQUEST-----\n"
+        + base64.encodebytes(odd).decode()
+        + "-----END CERTIFICATE REQUEST-----\n"
+    )
     der[-1] ^= 1
     broken = x509.load_der_x509_csr(bytes(der))
     refused(broken.public_bytes(serialization.Encoding.PEM).decode())

@@ -168,6 +168,36 @@ def test_the_signer_refuses_roots_and_releases(
             assert caught.value.code == "signing.refused"
 
 
+def test_an_interrupted_ceremony_says_what_to_delete(tmp_path: Path) -> None:
+    offline = tmp_path / "offline"
+    keys.init(tmp_path, offline, "long enough", keys.utc_now())
+    left = tmp_path / "tuf" / "director" / "1.root.json"
+    left.unlink()
+    with pytest.raises(PitheadError, match="did not end") as caught:
+        keys.init(tmp_path, offline, "long enough", keys.utc_now())
+    assert str(offline / "release-1.pem") in caught.value.detail
+    for path in keys.expected_files(tmp_path, offline):
+        path.unlink(missing_ok=True)
+    keys.init(tmp_path, offline, "long enough", keys.utc_now())
+
+
+def test_the_status_shows_the_newest_release_and_what_ends_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.init(tmp_path, tmp_path / "offline", "long enough", keys.utc_now())
+    plain = CliRunner().invoke(keys_app, ["status", "--data-dir", str(tmp_path)])
+    assert plain.exit_code == 0
+    assert "SIGN AGAIN" not in plain.output
+    newest = tmp_path / "tuf" / keys.NEWEST_RELEASE
+    newest.write_bytes((tmp_path / "tuf" / "image" / "1.release.json").read_bytes())
+    later = keys.utc_now() + (keys.RELEASE_DAYS - 30) * DAY
+    monkeypatch.setattr(keys, "utc_now", lambda: later)
+    shown = CliRunner().invoke(keys_app, ["status", "--data-dir", str(tmp_path)]).output
+    (line,) = [line for line in shown.splitlines() if "newest" in line]
+    assert "SIGN AGAIN: 30 days left" in line or "SIGN AGAIN: 29 days left" in line
+    assert "1.release.json" not in shown
+
+
 def test_a_signer_that_ends_late_leaves_its_successor_alone(ceremony: Path, tmp_path: Path) -> None:
     path = tmp_path / "signer.sock"
     old, new = (SignerProcess(path, ceremony / "signer") for _ in range(2))

@@ -22,7 +22,7 @@ from control_plane.services.staging import FORGOTTEN_S, SPARE_S
 from control_plane.signing import image
 from control_plane.store import desired as desired_store
 from control_plane.store import tuf
-from provisioning.keys import Keys, sign
+from provisioning.keys import ROOT_DAYS, TARGETS_DAYS, Keys, sign
 from tests.services import wait_for
 from tests.trust.conftest import DAY, SECOND, Plant
 
@@ -386,6 +386,18 @@ def test_a_database_of_another_ceremony(plant: Plant) -> None:
         plant.images.prepare()
     assert caught.value.code == "config.invalid"
     assert "1.targets.json" in caught.value.detail
+
+
+def test_what_people_must_sign_again_is_told_in_time(plant: Plant) -> None:
+    assert plant.images.warn() == []
+    plant.release()
+    shown = plant.tuf / "image" / "newest.release.json"
+    assert shown.read_bytes() == plant.releases.current().release
+    plant.images.prepare()  # it is not taken for a file of the ceremony
+    plant.clock.offset = (TARGETS_DAYS - 80) * DAY
+    assert plant.images.warn() == ["image targets", "release metadata"]
+    plant.clock.offset = (ROOT_DAYS - 80) * DAY
+    assert len(plant.images.warn()) == 4
 
 
 def test_a_new_release_follows_a_restart(plant: Plant) -> None:
