@@ -60,6 +60,7 @@ class Served:
     port: int
     log: Path
     directory: Path
+    grpc_port: int = 0
 
     def ask(self, method: str, target: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
@@ -119,7 +120,8 @@ def start(directory: Path, log: Path, *arguments: str, cache: Path | None = None
     line = process.stdout.readline()
     found = re.search(r"://[^ ]*:(\d+)", line)
     assert found, log.read_text()
-    return Served(process, int(found[1]), log, directory)
+    grpc = re.search(r"gRPC on [^ ]*:(\d+)", line)
+    return Served(process, int(found[1]), log, directory, int(grpc[1]) if grpc else 0)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,6 +20,9 @@ from agent.engine.serve.service import Service
 from agent.engine.serve.shared_memory import SharedMemory
 from agent.engine.serve.tokens import Tokens
 from contract.errors import PitheadError
+
+if TYPE_CHECKING:
+    from agent.engine.serve import grpc_server
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ class Listen(Struct, frozen=True):
     host: str = "127.0.0.1"
     http_port: int = 8000
     """0 takes a free one."""
+    grpc_port: int | None = None
+    """None: no gRPC, and nothing of it in memory; 0 takes a free one."""
     certificate: Path | None = None
     key: Path | None = None
     limits: http.Limits = http.Limits()
@@ -42,7 +47,12 @@ class App:
     """A running server. Made and used on its loop's thread."""
 
     def __init__(
-        self, sources: Sequence[Source], limits: Limits, listen: Listen, tokens: Tokens | None
+        self,
+        sources: Sequence[Source],
+        limits: Limits,
+        listen: Listen,
+        tokens: Tokens | None,
+        service: type[Service] = Service,
     ) -> None:
         local = is_loopback(listen.host)
         if not local and tokens is None:
@@ -50,11 +60,12 @@ class App:
                 "config.invalid",
                 f"--host {listen.host} is not loopback: give --token-file, so that not everybody may ask",
             )
-        self._listen = listen
-        self.service = Service(sources, limits, SharedMemory() if local else SharedMemory(None))
+        self._listen, self._tokens = listen, tokens
+        self.service = service(sources, limits, SharedMemory() if local else SharedMemory(None))
         self.rest = rest.Rest(self.service, tokens, listen.limits.body_bytes)
         self.http: http.Server | None = None
         self.port = 0
+        self.grpc: grpc_server.Server | None = None
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -77,21 +88,33 @@ class App:
                 "config.invalid", f"cannot listen on {listen.host}:{listen.http_port}: {error}"
             ) from error
         self.port = self._server.sockets[0].getsockname()[1]
+        if listen.grpc_port is not None:
+            self.grpc = await _grpc(self.service, self._tokens, listen, listen.grpc_port)
         await self.service.start()
 
     async def stop(self) -> None:
         """Take no more, answer what is there, end."""
         if self._server is not None:
             self._server.close()
-        if self.http is not None:
-            await self.http.close(DRAIN_S)
+        ends = [] if self.http is None else [self.http.close(DRAIN_S)]
+        if self.grpc is not None:
+            ends.append(self.grpc.stop(DRAIN_S))
+        await asyncio.gather(*ends)
         await self.service.stop()
 
     @property
     def url(self) -> str:
         """Where REST is."""
-        host = f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
-        return f"{'https' if self._listen.certificate else 'http'}://{host}:{self.port}"
+        return f"{'https' if self._listen.certificate else 'http'}://{self._host}:{self.port}"
+
+    @property
+    def grpc_address(self) -> str:
+        """Where gRPC is; empty where it is not."""
+        return "" if self.grpc is None else f"{self._host}:{self.grpc.port}"
+
+    @property
+    def _host(self) -> str:
+        return f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
 
 
 class ServingThread:
@@ -189,6 +212,17 @@ def _fitting(limits: http.Limits) -> http.Limits:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         return replace(limits, connections=max(1, most - 200))
     return limits
+
+
+async def _grpc(service: Service, tokens: Tokens | None, listen: Listen, port: int) -> "grpc_server.Server":
+    try:
+        from agent.engine.serve import grpc_server  # noqa: PLC0415 - 15 MB for those who ask for it
+    except ImportError as error:
+        raise PitheadError("config.invalid", f"--grpc-port: install pithead[serve]: {error}") from error
+    pem = [None if path is None else path.read_bytes() for path in (listen.certificate, listen.key)]
+    server = grpc_server.Server(service, tokens, grpc_server.Listen(listen.host, port, listen.limits, *pem))
+    await server.start()
+    return server
 
 
 def _tls(listen: Listen) -> ssl.SSLContext | None:

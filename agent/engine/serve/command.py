@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES: Final = """examples:
   pithead-agent serve models/                        packages, .onnx and .tflite files, Triton's layout
   pithead-agent serve detector.onnx --http-port 0    one file, on a free port
+  pithead-agent serve models/ --grpc-port 8001       gRPC too
   pithead-agent serve models/ --memory-budget 200 --lazy
                                                      many models in 200 MB: the idle ones leave
   pithead-agent serve --new-token line-3 >> tokens   make a token; it is shown once, on standard error
@@ -50,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     listen.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     listen.add_argument(
         "--http-port", type=int, default=8000, metavar="PORT", help="default: 8000; 0: a free one"
+    )
+    listen.add_argument(
+        "--grpc-port", type=int, metavar="PORT", help="default: no gRPC; usual: 8001; 0: a free one"
     )
     listen.add_argument(
         "--token-file", type=Path, metavar="FILE", help="bearer tokens; needed beyond loopback"
@@ -131,7 +135,8 @@ async def _main(options: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     try:
         await app.start()
-        sys.stdout.write(f"Listening on {app.url} (Open Inference Protocol v2, metrics at /metrics)\n")
+        also = f"; gRPC on {app.grpc_address}" if app.grpc_address else ""
+        sys.stdout.write(f"Listening on {app.url} (Open Inference Protocol v2, metrics at /metrics){also}\n")
         sys.stdout.flush()
         await stop.wait()
     finally:
@@ -160,6 +165,7 @@ def _app(options: argparse.Namespace) -> "App":
     listen = app.Listen(
         host=options.host,
         http_port=options.http_port,
+        grpc_port=options.grpc_port,
         certificate=options.tls_cert,
         key=options.tls_key,
         limits=_client_limits(options),

@@ -30,7 +30,9 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[Live], int]], ...]] = (
 
 def render(service: Service, server: Server) -> bytes:
     """Return the page."""
-    return ("\n".join([*_models(service), *_process(service), *_http(server)]) + "\n").encode()
+    return (
+        "\n".join([*_models(service), *_process(service), *_http(server), *_grpc(service)]) + "\n"
+    ).encode()
 
 
 def _head(name: str, kind: str, words: str) -> tuple[str, str]:
@@ -126,6 +128,12 @@ def _http(server: Server) -> Iterator[str]:
     yield f"pithead_http_connections {len(server.connections)}"
     yield from _head("pithead_http_connections_refused_total", "counter", "Connections beyond the limit.")
     yield f"pithead_http_connections_refused_total {server.turned_away}"
+
+
+def _grpc(service: Service) -> Iterator[str]:
+    yield from _head("pithead_grpc_responses_total", "counter", "Answered gRPC calls by status.")
+    for status, count in sorted(service.grpc_answers.items()):
+        yield f'pithead_grpc_responses_total{{code="{status}"}} {count}'
 
 
 def _escaped(text: str) -> str:

@@ -43,6 +43,8 @@ class Service:
         self.shared_memory = shared_memory or SharedMemory()
         self.settings = Settings()
         self.started = time.time()
+        self.grpc_answers: dict[str, int] = {}
+        """By status; empty where nobody asks over gRPC."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._stopping = False
@@ -86,9 +88,14 @@ class Service:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Return the answer, or raise it."""
-        future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
-        self.submit(request, _settles(future))
-        return await future
+        waiter = _Waiter()
+        self.submit(request, waiter)
+        if (answer := waiter.answer) is None:
+            waiter.future = asyncio.get_running_loop().create_future()
+            answer = await waiter.future
+        if isinstance(answer, PitheadError):
+            raise answer
+        return answer
 
     def infer_from(self, request: InferRequest) -> "concurrent.futures.Future[InferResponse]":
         """Return a future of the answer, from any thread."""
@@ -240,16 +247,19 @@ def _last_ms(version: Version) -> int:
     return time.time_ns() // 1_000_000 - ago_ns // 1_000_000
 
 
-def _settles(future: "asyncio.Future[InferResponse]") -> Done:
-    def done(answer: InferResponse | PitheadError) -> None:
-        if future.done():
-            return
-        if isinstance(answer, PitheadError):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+class _Waiter:
+    """What ``done`` is for a coroutine; most answers come at once, and need no future."""
 
-    return done
+    __slots__ = ("answer", "future")
+
+    def __init__(self) -> None:
+        self.answer: InferResponse | PitheadError | None = None
+        self.future: asyncio.Future[InferResponse | PitheadError] | None = None
+
+    def __call__(self, answer: InferResponse | PitheadError) -> None:
+        self.answer = answer
+        if self.future is not None and not self.future.done():
+            self.future.set_result(answer)
 
 
 def classify(array: Array, classes: int, labels: Sequence[str], *, rows: bool) -> Array:

@@ -1,0 +1,289 @@
+"""The Open Inference Protocol over gRPC, on the event loop that REST is on; imported only when asked for.
+
+The transport is ``grpc.aio``. Handlers are generic and take bytes, so that malformed messages become
+INVALID_ARGUMENT instead of an error of the library, and raw tensors stay bytes. An empty handler costs
+some 240 us of CPU a call here on uvloop, on asyncio's own loop 275, from a thread pool 215 to 430;
+decoding, checking, running and encoding a small model together some 30. So nothing that could still be
+saved in this package would be seen. What more would take: HTTP/2 without the completion queue between
+two threads and the three tasks a call that grpc.aio is made of. REST's parser and loop answer a request
+in a tenth of the time, and HTTP/2 framing with HPACK in Python may double that; but it is a protocol of
+attacks (rapid reset, CONTINUATION and settings floods) that the library's authors look after.
+``ModelStreamInfer`` saves a part of it: a call is opened once. The clients' way to more is REST in binary.
+
+What a client may cost: messages, calls, connections, metadata and handshakes are bounded; one sweep
+cancels calls whose message does not arrive in time or whose answer is not read; dead peers are found by
+pings.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+from msgspec import Struct
+
+from agent.engine.serve import http
+from agent.engine.serve.grpc_calls import Call, Calls, status_of, words_of
+from agent.engine.serve.grpc_stream import Stream
+from agent.engine.serve.grpc_templates import Templates
+from agent.engine.serve.proto.messages import SERVICE
+from agent.engine.serve.requests import InferRequest
+from agent.engine.serve.service import Service
+from agent.engine.serve.tokens import ANYBODY, Principal, Tokens
+from contract.errors import PitheadError
+
+log = logging.getLogger(__name__)
+
+SWEEP_S: Final = 0.5
+STREAMS_PER_CONNECTION: Final = 1024
+IDLE_S: Final = 600
+"""A connection without a call is let go, which clients do not notice."""
+PING_S: Final = 30
+PING_TIMEOUT_S: Final = 20
+MIN_PING_S: Final = 5
+"""Clients may ping so often; the library's default of 300 would cut off many a client's default."""
+_INFER: Final = f"/{SERVICE}/ModelInfer"
+_STREAM: Final = f"/{SERVICE}/ModelStreamInfer"
+_STRICT: Final = ("triton_grpc_error", "true")
+_CODES: Final = {code.name: code for code in grpc.StatusCode}
+
+
+class Listen(Struct, frozen=True):
+    """Where to listen, and how."""
+
+    host: str
+    port: int
+    """0 takes a free one."""
+    limits: http.Limits
+    certificate: bytes | None = None
+    """PEM; without it nothing is encrypted."""
+    key: bytes | None = None
+
+
+class Server:
+    """The listener."""
+
+    def __init__(self, service: Service, tokens: Tokens | None, listen: Listen) -> None:
+        self._service, self._listen = service, listen
+        self._handlers = _Handlers(service, tokens, listen.limits)
+        self._server = grpc.aio.server(
+            options=_options(listen.limits), maximum_concurrent_rpcs=listen.limits.connections
+        )
+        self._server.add_generic_rpc_handlers((self._handlers,))
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listen; raises ``config.invalid``."""
+        listen = self._listen
+        address = f"[{listen.host}]:{listen.port}" if ":" in listen.host else f"{listen.host}:{listen.port}"
+        try:
+            if listen.certificate is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                pair = (listen.key or listen.certificate, listen.certificate)
+                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        except RuntimeError as error:
+            raise PitheadError("config.invalid", f"gRPC cannot listen on {address}: {error}") from error
+        await self._server.start()
+        self._handlers.sweep()
+
+    async def stop(self, drain_s: float) -> None:
+        """Take no more calls, answer those that are there, end."""
+        self._handlers.end()
+        await self._server.stop(drain_s)
+        self._handlers.close()
+
+
+class _Handlers:
+    """What the library asks for the handler of each call that begins."""
+
+    def __init__(self, service: Service, tokens: Tokens | None, limits: http.Limits) -> None:
+        self._service, self._tokens, self._limits = service, tokens, limits
+        self._loop = asyncio.get_running_loop()
+        self._longest_s = service.catalogue.limits.policy.timeout_s
+        self._deadlines: dict[asyncio.Task[Any] | None, float] = {}
+        """Of the tasks of calls: when their client has to have sent or read."""
+        self._streams: set[Stream] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._ending = False
+        self._templates = Templates()
+        self._calls = {
+            path: grpc.unary_unary_rpc_method_handler(self._acts(call))
+            for path, call in Calls(service).by_path.items()
+        }
+        self._calls[_INFER] = grpc.unary_unary_rpc_method_handler(self._infer)
+        self._calls[_STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
+
+    def service(self, handler_call_details: Any) -> Any:
+        """Return the handler of a call, before its message is read; None for one that is not known."""
+        handler = self._calls.get(handler_call_details.method)
+        if handler is None:
+            return None
+        if self._tokens is not None:
+            try:
+                self._who(handler_call_details.invocation_metadata)
+            except PitheadError as error:
+                return self._refusing(error)
+        self._deadlines[asyncio.current_task(self._loop)] = time.monotonic() + self._limits.body_s
+        return handler
+
+    # ---- calls
+
+    async def _infer(self, data: bytes, context: Any) -> bytes:
+        self._arrived()
+        try:
+            request, wish = self._templates.decode(data)
+            self._hurry(request, context)
+            answer = self._templates.encode(await self._service.infer(request), wish)
+        except PitheadError as error:
+            await self._refuse(context, error)
+        except Exception as error:
+            log.exception("grpc.failed")
+            await self._refuse(context, _internal(error))
+        self._answered("OK")
+        return answer
+
+    def _acts(self, call: Call) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        async def act(data: bytes, context: Any) -> bytes:
+            self._arrived()
+            try:
+                said = _parsed(call, data)
+                if self._tokens is not None and call.admin(said):
+                    _must_be_admin(self._who(context.invocation_metadata()))
+                answer = call.act(said)
+                fields = await answer if isinstance(answer, Awaitable) else answer
+                made: bytes = call.response(**fields).SerializeToString()
+            except PitheadError as error:
+                await self._refuse(context, error)
+            except Exception as error:
+                log.exception("grpc.failed")
+                await self._refuse(context, _internal(error))
+            self._answered("OK")
+            return made
+
+        return act
+
+    async def _stream(self, _messages: Any, context: Any) -> None:
+        self._arrived()
+        metadata = tuple(context.invocation_metadata() or ())
+        strict = any((key, value) == _STRICT for key, value in metadata)
+        stream = Stream(self._service, context, self._limits.read_s, strict=strict)
+        self._streams.add(stream)
+        if self._ending:
+            stream.end()
+        try:
+            await stream.run()
+        except Exception as error:
+            log.exception("grpc.failed")
+            await self._refuse(context, _internal(error))
+        finally:
+            self._streams.discard(stream)
+        if stream.failed is not None:
+            await self._refuse(context, stream.failed)
+        self._answered("OK")
+
+    def _hurry(self, request: InferRequest, context: Any) -> None:
+        """Do not begin to run what the client will not wait for."""
+        left = context.time_remaining()
+        if left is not None and left < (request.timeout_us * 1e-6 or self._longest_s):
+            request.timeout_us = max(1, int(left * 1e6))
+
+    # ---- who may
+
+    def _who(self, metadata: Sequence[tuple[str, str | bytes]] | None) -> Principal:
+        if self._tokens is None:
+            return ANYBODY
+        for key, value in metadata or ():
+            if key == "authorization":
+                return self._tokens.who(value.encode() if isinstance(value, str) else value)
+        return self._tokens.who(None)
+
+    def _refusing(self, error: PitheadError) -> Any:
+        """Return a handler that refuses without reading: one for streams does for all calls."""
+
+        async def refuse(_messages: Any, context: Any) -> None:
+            await self._refuse(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    # ---- how it ends
+
+    async def _refuse(self, context: Any, error: PitheadError) -> NoReturn:
+        name = status_of(error)
+        self._answered(name)
+        wait = error.facts.get("retry_after_s", 1) if error.retryable else None
+        metadata: tuple[tuple[str, str], ...] = ()
+        if isinstance(wait, int | float):
+            metadata = (("grpc-retry-pushback-ms", str(max(1, round(wait * 1000)))),)
+        await context.abort(_CODES[name], words_of(error), metadata)
+        raise AssertionError  # abort raises
+
+    def _answered(self, name: str) -> None:
+        answers = self._service.grpc_answers
+        answers[name] = answers.get(name, 0) + 1
+        self._deadlines[asyncio.current_task(self._loop)] = time.monotonic() + self._limits.read_s
+
+    def _arrived(self) -> None:
+        self._deadlines[asyncio.current_task(self._loop)] = float("inf")
+
+    # ---- housekeeping
+
+    def sweep(self) -> None:
+        """Cancel the calls whose clients take too long, twice a second."""
+        now = time.monotonic()
+        for task, deadline in list(self._deadlines.items()):
+            if task is None or task.done():
+                del self._deadlines[task]
+            elif deadline < now:
+                task.cancel()
+        self._sweeper = self._loop.call_later(SWEEP_S, self.sweep)
+
+    def end(self) -> None:
+        """Let streams end after what they have read."""
+        self._ending = True
+        for stream in self._streams:
+            stream.end()
+
+    def close(self) -> None:
+        """Sweep no more."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+
+def _must_be_admin(who: Principal) -> None:
+    if not who.admin:
+        raise PitheadError("auth.forbidden", f"{who.name} may not change what is served")
+
+
+def _internal(error: Exception) -> PitheadError:
+    return PitheadError("internal.error", type(error).__name__)
+
+
+def _parsed(call: Call, data: bytes) -> Any:
+    try:
+        return call.request.FromString(data)
+    except DecodeError as error:
+        name = call.request.DESCRIPTOR.name
+        raise PitheadError("serve.bad_request", f"the message is no {name}: {error}") from error
+
+
+def _options(limits: http.Limits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", limits.body_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", limits.header_bytes // 2),
+        ("grpc.absolute_max_metadata_size", limits.header_bytes),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.server_handshake_timeout_ms", round(limits.header_s * 1000)),
+        ("grpc.max_connection_idle_ms", IDLE_S * 1000),
+        ("grpc.keepalive_time_ms", PING_S * 1000),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_S * 1000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_S * 1000),
+    ]
