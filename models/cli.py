@@ -216,6 +216,56 @@ def wrap(
     sys.stdout.write(f"{directory}\n")
 
 
+@app.command(
+    epilog="Example:  pithead models backtest build/packages/shuttle/1.0.0 recording.csv --label anomaly"
+)
+def backtest(
+    directory: Annotated[Path, typer.Argument(help="A package's directory.")],
+    recording: Annotated[Path, typer.Argument(help="A CSV (.gz) or Parquet file with a column per channel.")],
+    *,
+    columns: Annotated[
+        str | None, typer.Option(help="Names in the file, in the order of the channels, with commas between.")
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Column that is not 0 where something is wrong: adds precision, AUC ..."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Instead of the preferred one.")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Instead of the variant's first.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write row, score and alarm of each window, as CSV.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="For the whole recording.")] = 3600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Replay a recording through the lane of a device, and say what it would have found."""
+    from models import backtest as replay  # noqa: PLC0415 - it imports numpy
+
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    try:
+        found = replay.backtest(
+            directory,
+            recording,
+            columns=names,
+            label=label,
+            variant=variant,
+            accelerator=accelerator,
+            timeout_s=timeout_s,
+        )
+        if out is not None:
+            replay.write_csv(out, found)
+    except PitheadError as error:
+        raise _exit(error) from error
+    facts = replay.summary(found)
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table("what", "value", show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value))
+    _console().print(table)
+
+
 def _show(result: package.Validation) -> None:
     table = Table("variant", "accelerator", "result", "vectors", "p50 µs", "p99 µs", "memory MB", "sandbox")
     for r in result.probes:

@@ -46,7 +46,16 @@ LOAD_AGAIN_US: Final = 30_000_000
 class Lane:
     """Runs what it was last told to; ``configure`` and ``stop`` may come from another thread."""
 
-    def __init__(self, spec: LaneSpec, bucket_s: float, outlet: Outlet, loader: Loader, clock: Clock) -> None:
+    def __init__(
+        self,
+        spec: LaneSpec,
+        bucket_s: float,
+        outlet: Outlet,
+        loader: Loader,
+        clock: Clock,
+        report: Reporter | None = None,
+    ) -> None:
+        """``report`` takes the place of what reports to ``outlet``."""
         self.name = spec.lane
         self._wanted, self._bucket_s = spec, bucket_s
         self._outlet, self._loader, self._clock = outlet, loader, clock
@@ -65,7 +74,9 @@ class Lane:
         self._broken: PitheadError | None = None
         """An error of the lane itself."""
         self._feed = Feed(spec.lane, clock)
-        self._report = Reporter(spec.lane, bucket_s, outlet, clock)
+        self._report = report or Reporter(spec.lane, bucket_s, outlet, clock)
+        self.rows = 0
+        """Taken from the source so far."""
         self._thread = threading.Thread(target=self._run, name=f"lane-{spec.lane}", daemon=True)
 
     # ---- from the server's thread
@@ -94,6 +105,31 @@ class Lane:
         """Scored since the serving session began."""
         return 0 if (served := self._serving) is None else served.windows
 
+    # ---- without a thread
+
+    def replay(self) -> None:
+        """Do all that there is to do, and come back when the source has no more rows.
+
+        Needs a loader that works at once. Raises what the lane fails with.
+        """
+        wanted = self._wanted
+        while True:
+            before = self.rows
+            self._advance(wanted)
+            problem = self._broken or self._feed.problem or (self._refused[1] if self._refused else None)
+            if problem is not None:
+                raise problem
+            if self.rows == before and (self._serving or self._candidate):
+                break
+        if self._serving is None:
+            raise PitheadError("source.failed", f"{self.rows} rows are not enough for the calibration")
+
+    @property
+    def served(self) -> Served:
+        """What serves at the end of a ``replay``."""
+        assert self._serving is not None
+        return self._serving
+
     # ---- the lane's own thread
 
     def _run(self) -> None:
@@ -115,17 +151,20 @@ class Lane:
     def _step(self) -> None:
         self._wake.clear()
         wanted = self._wanted
-        self._take_loaded(wanted)
-        self._take_fits(wanted)
-        self._leave_source(wanted)
-        self._load_if_needed(wanted)
-        self._pump(wanted)
+        self._advance(wanted)
         self._report.tick(wanted, self._serving, self._bucket_s, self._feed.backlog())
         self._report.state(self._state(wanted))
         pause = min(self._report.wait_s(), LONGEST_PAUSE_S)
         if self._serving is not None or self._candidate is not None:
             pause = min(pause, self._feed.wait_s())
         self._wake.wait(pause)
+
+    def _advance(self, wanted: LaneSpec) -> None:
+        self._take_loaded(wanted)
+        self._take_fits(wanted)
+        self._leave_source(wanted)
+        self._load_if_needed(wanted)
+        self._pump(wanted)
 
     # ---- versions
 
@@ -264,6 +303,7 @@ class Lane:
         batch = self._feed.poll(wanted.source, leader.pipeline, _limit(leader))
         if batch is None:
             return
+        self.rows += len(batch.t)
         if self._candidate is not None:
             self._collect(self._candidate, batch)
         if self._serving is not None:

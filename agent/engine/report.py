@@ -56,8 +56,7 @@ class Reporter:
             good = scored.good
             bucket.errors += len(good) - int(np.count_nonzero(good))
             bucket.add(scored.scores[good], latency_us[good])
-        # What has no score is not above.
-        alarms = served.debounce.alarms(scored.scores > served.threshold, windows.ordinals).nonzero()[0]
+        alarms = self.alarms(served, windows, scored).nonzero()[0]
         if not len(alarms):
             return
         bucket.alarms += len(alarms)
@@ -68,6 +67,11 @@ class Reporter:
         bucket.suppressed += len(alarms) - sent
         if anomalies:
             self._outlet.products(anomalies)
+
+    @staticmethod
+    def alarms(served: Served, windows: Windows, scored: Scored) -> NDArray[np.bool_]:
+        """Return which windows are alarms; what has no score is not above the threshold."""
+        return served.debounce.alarms(scored.scores > served.threshold, windows.ordinals)
 
     def missing(self, samples: int) -> None:
         """Count samples that did not come or cannot be used."""
