@@ -10,7 +10,7 @@ from contract.errors import PitheadError
 from contract.messages import Name
 from inference.accelerators import Custom, Resources
 
-SOURCE_KINDS: Final = ("http", "modbus", "mqtt", "opcua", "replay", "sparkplug", "system")
+SOURCE_KINDS: Final = ("http", "images", "modbus", "mqtt", "opcua", "replay", "sparkplug", "system")
 """Sensor sources of the house; each is a module in ``agent.engine.sources``."""
 SourceTable = dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
 

@@ -15,12 +15,15 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 30.0
+FRAMED: Final = ("images",)
+"""Sources whose rows come in frames of one window."""
 
 
 def needs(pipeline: Pipeline, table: Table) -> tuple[object, ...]:
     """What of a pipeline the source that ``table`` describes depends on; a rate of its own goes first."""
     rate = pipeline.sample_rate_hz if table.get("rate_hz") is None else None
-    return tuple(c.name for c in pipeline.channels), rate
+    frame = (pipeline.window, pipeline.stride) if table.get("kind") in FRAMED else None
+    return tuple((c.name, c.unit) for c in pipeline.channels), rate, frame
 
 
 def _check_rate(table: Table, pipeline: Pipeline) -> None:
