@@ -33,9 +33,9 @@ system:
 demo: setup  ## The main job, told as a story; hand arguments on with ARGS="--once --headless"
 	$(BIN)/pithead demo $(ARGS)
 
-test: setup  ## All tests; the whole fleet last, with the machine to itself
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not e2e" $(ARGS)
-	$(BIN)/python -m pytest -m e2e tests/e2e
+test: setup  ## All tests; what needs the machine to itself comes last
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not alone" $(ARGS)
+	$(BIN)/python -m pytest -m alone
 
 check: $(STAMP)  ## Style, types, layers, wheel
 	$(BIN)/ruff format --check .

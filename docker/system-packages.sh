@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make sure that the programs Pithead talks to are installed: mosquitto always,
-# PostgreSQL for the tests; with the argument `bench`, h2load too. Installs them
+# PostgreSQL and a C compiler for the tests; with the argument `bench`, h2load too. Installs them
 # with apt-get where that is permitted.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/usr/local/sbin"
@@ -9,6 +9,7 @@ command -v mosquitto >/dev/null || missing+=(mosquitto)
 if ! command -v initdb >/dev/null && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
     missing+=(postgresql)
 fi
+command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 if [ "${1:-}" = bench ]; then
     command -v h2load >/dev/null || missing+=(nghttp2-client)
 fi

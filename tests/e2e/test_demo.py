@@ -11,7 +11,7 @@ PITHEAD = Path(sys.executable).parent / "pithead"
 TIMEOUT_S = 540
 
 
-@pytest.mark.e2e
+@pytest.mark.alone
 @pytest.mark.timeout(TIMEOUT_S + 30)
 def test_the_demo_goes_to_its_end(tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PITHEAD_")}
@@ -33,7 +33,7 @@ def test_the_demo_goes_to_its_end(tmp_path: Path):
     assert not left_over.stdout, "processes of the demo are still running"
 
 
-@pytest.mark.e2e
+@pytest.mark.alone
 def test_a_data_directory_in_use_is_refused(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("keep")
     done = subprocess.run(

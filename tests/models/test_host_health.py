@@ -141,7 +141,7 @@ def test_each_kind_of_load_stands_out_whatever_happened_during_calibration(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("host-health")
+@pytest.mark.alone
 def test_real_load_raises_an_alarm(built: Built, tmp_path: Path):
     lane = Lane(*built("host-health", "baseline"))
     pipeline = lane.pipeline
