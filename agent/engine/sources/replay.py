@@ -1,4 +1,4 @@
-"""Play a recorded file back at its own pace: CSV, CSV.gz or Parquet.
+"""Play a recorded file back at its own pace: CSV, CSV.gz, Parquet or NumPy.
 
 It behaves like a sensor with a buffer of ``buffer_s`` seconds: rows that are
 not taken in time are lost, and counted.
@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from agent.engine.clock import Clock
+from agent.engine.sources import numpy_file
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate, settings
 from contract.errors import PitheadError
 from contract.manifest import Hertz, Pipeline
@@ -128,12 +129,20 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
     rate = sample_rate(given.rate_hz, pipeline) * given.speed
     path = Path(given.path)
     try:
-        rows = _parquet(path, columns) if path.suffix == ".parquet" else _csv(path, columns)
+        rows = _rows(path, columns)
     except OSError as error:
         raise PitheadError("source.failed", f"{path}: {error.strerror or error}") from error
     if not len(rows):
         raise PitheadError("source.failed", f"{path} has no rows")
     return ReplaySource(rows, rate, given, clock)
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
+    if path.suffix == ".parquet":
+        return _parquet(path, columns)
+    if path.suffix in {".npy", ".npz"}:
+        return numpy_file.read(path, columns, MAX_VALUES)
+    return _csv(path, columns)
 
 
 def _csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
