@@ -34,7 +34,7 @@ class Bounds:
     def usable(self, rows: Rows) -> NDArray[np.bool_]:
         """Return for each row whether all its channels are finite and within their range."""
         n, k = len(rows), self._side_by_side
-        if k > 1 and n % k == 0:
+        if k > 1 and n and n % k == 0:
             low, high = self._many
             good = _between(rows.reshape(n // k, -1), low, high).reshape(n, self._width)
         else:
