@@ -1,4 +1,4 @@
-"""One connection to a broker, for every source that speaks MQTT."""
+"""One connection to a broker of the plant, for sources that speak MQTT and for requests that come by it."""
 
 import logging
 import ssl
@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 from paho.mqtt.client import Client, MQTTMessage, error_string
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agent.core.settings import LocalBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
@@ -25,39 +27,29 @@ LOOP_S: Final = 0.5
 Topic = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
-class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where the broker is, and who asks."""
-
-    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=1, le=65535)] | None = None
-    """Default 1883, with TLS 8883."""
-    client_id: str = ""
-    tls: bool = False
-    ca_file: str | None = None
-    certificate_file: str | None = None
-    key_file: str | None = None
-    credentials_file: str | None = None
-    """TOML with ``username`` and ``password``."""
-
-
 class Connection:
     """Subscribes once and hands on what comes, on a thread of its own.
 
-    When the connection ends it stays ended: ``check`` says why, and the lane
-    opens another source after a while. ``received`` and ``subscribed`` are
+    When the connection ends it stays ended: ``check`` says why, and its owner
+    opens another one after a while. ``received`` and ``subscribed`` are
     called on the client's thread; what they raise ends the connection.
     """
 
     def __init__(
         self,
-        broker: Broker,
+        broker: LocalBroker,
         topics: tuple[str, ...],
         received: Callable[[str, bytes], None],
         clock: Clock,
         *,
         qos: int = 1,
         subscribed: Callable[[], None] = lambda: None,
+        table: str = "lanes.source",
+        code: str = "source.failed",
+        properties: Properties | None = None,
     ) -> None:
+        """``table`` of the configuration and ``code`` are for errors, ``properties`` for CONNECT."""
+        self._table, self._code, self._properties = table, code, properties
         self._broker, self._topics, self._qos, self._clock = broker, topics, qos, clock
         self._received, self._say_subscribed = received, subscribed
         self._port = broker.port or (8883 if broker.tls else 1883)
@@ -73,11 +65,11 @@ class Connection:
         self._client.on_subscribe = self._granted
         self._client.on_message = self._message
         if broker.tls:
-            self._client.tls_set_context(_tls(broker))
+            self._client.tls_set_context(self._tls(broker))
         if broker.credentials_file is not None:
-            login = credentials(broker.credentials_file)
+            login = credentials(broker.credentials_file, table, code)
             self._client.username_pw_set(login.username, login.password)
-        self._thread = threading.Thread(target=self._serve, name="mqtt-source", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="mqtt", daemon=True)
 
     def start(self) -> None:
         """Begin to connect."""
@@ -89,7 +81,7 @@ class Connection:
         return self._thread.is_alive()
 
     def check(self, *, alive: bool) -> bool:
-        """Return whether the subscription stands; raises ``source.failed`` when it will not any more."""
+        """Return whether the subscription stands; raises ``failure`` when it will not any more."""
         if self._problem is not None:
             raise self.failure(self._problem)
         if not alive:
@@ -99,8 +91,8 @@ class Connection:
         return self._subscribed
 
     def failure(self, problem: str) -> PitheadError:
-        """Return ``source.failed`` naming the broker."""
-        return PitheadError("source.failed", f"mqtt {self._broker.host}:{self._port}: {problem}")
+        """Return an error that names the broker."""
+        return PitheadError(self._code, f"mqtt {self._broker.host}:{self._port}: {problem}")
 
     def close(self) -> None:
         """End the connection; more than once is harmless."""
@@ -119,7 +111,7 @@ class Connection:
     def _serve(self) -> None:
         """Connect once and receive until the connection ends; the lane decides about another."""
         try:
-            self._client.connect(self._broker.host, self._port, keepalive=30)
+            self._client.connect(self._broker.host, self._port, keepalive=30, properties=self._properties)
             while not self._closing:
                 result = self._client.loop(LOOP_S)
                 if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -131,7 +123,7 @@ class Connection:
         except Exception as error:
             # Whatever ends this thread ends the connection: said here, since nobody else sees it.
             if not isinstance(error, OSError | ValueError):
-                log.exception("source.broke", extra={"facts": {"source": "mqtt"}})
+                log.exception("mqtt.broke", extra={"facts": {"for": self._table}})
             self._problem = str(error) or type(error).__name__
 
     def _connected(self, client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
@@ -154,14 +146,13 @@ class Connection:
     def _message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         self._received(message.topic, bytes(message.payload))
 
-
-def _tls(broker: Broker) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=broker.ca_file)
-        if broker.certificate_file is not None:
-            context.load_cert_chain(broker.certificate_file, broker.key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise PitheadError(
-            "source.failed", f"lanes.source: ca_file, certificate_file or key_file: {error}"
-        ) from error
-    return context
+    def _tls(self, broker: LocalBroker) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=broker.ca_file)
+            if broker.certificate_file is not None:
+                context.load_cert_chain(broker.certificate_file, broker.key_file)
+        except (OSError, ssl.SSLError) as error:
+            raise PitheadError(
+                self._code, f"{self._table}: ca_file, certificate_file or key_file: {error}"
+            ) from error
+        return context

@@ -15,9 +15,10 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
+from agent.core.settings import LocalBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate, settings
-from agent.engine.sources.broker import MAX_PAYLOAD, Broker, Connection
+from agent.engine.sources.broker import MAX_PAYLOAD, Connection
 from agent.engine.sources.hold import Hold
 from agent.engine.sources.inbox import Inbox
 from agent.engine.sources.tags import Address
@@ -44,7 +45,7 @@ MAX_METRICS: Final = 100_000
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^+#/\x00]+$")]
 
 
-class SparkplugSettings(Broker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SparkplugSettings(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["sparkplug"]
