@@ -180,6 +180,15 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "The answer was not ready in time.", "Ask for less, or allow more time.", retryable=True
     ),
     "serve.model_lost": ErrorSpec("A run of the model hangs.", "Load the model again."),
+    "serve.broker_failed": ErrorSpec(
+        "The broker of the plant that requests come by cannot be used.",
+        "Check [serve.mqtt] in agent.toml, and that the broker runs.",
+        retryable=True,
+    ),
+    "serve.expired": ErrorSpec(
+        "The request expired before it could be answered.",
+        "Ask again; give it more time (message expiry interval).",
+    ),
     "serve.repository_unreadable": ErrorSpec(
         "The model directory cannot be read as one.", "Correct what the message names."
     ),

@@ -219,7 +219,7 @@ class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
     bucket_start: Micros
     bucket_s: Annotated[float, Meta(gt=0, le=86400)]
     count: Count
-    """Windows scored."""
+    """Windows scored, or requests answered."""
     errors: Count = 0
     alarms: Count = 0
     missing: Count = 0
@@ -232,6 +232,8 @@ class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
     latency_us: Sketch | None = None
     score: Sketch | None = None
     queue: Count = 0
+    source: Label = "lane"
+    """``lane``, or ``serve`` for what applications asked of the model on the device."""
 
 
 Body = Receipt | Reported | Anomaly | Health | ModelSummary
