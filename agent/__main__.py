@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   pithead-agent serve models/           serve models here, without a fleet (see serve --help)
   pithead-agent probe packages/pump      what each variant costs on each accelerator here
   pithead-agent recalibrate LANE        fit a lane's model to its source anew
+  pithead-agent check-source LANE       what the wires of a lane give, beside what its model wants
 
 SIGTERM and SIGINT end `run` and its engine; SIGHUP ends `run` alone: the
 engine goes on, and the next `run` finds it.
@@ -105,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("lane", metavar="LANE", help="name of a lane in agent.toml")
     again.set_defaults(act=_recalibrate)
 
+    wires = commands.add_parser(
+        "check-source", parents=[common], help="watch a lane's source for a few seconds"
+    )
+    wires.add_argument("lane", metavar="LANE", help="name of a lane in agent.toml")
+    wires.add_argument("--seconds", type=float, default=5.0, metavar="S", help="how long (default: 5)")
+    wires.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="FILE",
+        help="of the model to come; default: of the version that serves, else the source's own tags",
+    )
+    wires.add_argument("--json", action="store_true", help="for programs")
+    wires.set_defaults(act=_check_source)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check what this device needs")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(act=_doctor)
@@ -178,6 +193,26 @@ def _recalibrate(layout: Layout, options: argparse.Namespace) -> int:
     wiring.recalibrate(layout, options.lane)
     sys.stdout.write(f"The lane {options.lane} is calibrated anew as soon as its agent runs.\n")
     return 0
+
+
+def _check_source(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - what serves without a fleet needs none of it
+    from agent.engine import check  # noqa: PLC0415 - numpy stays out of the supervisor
+
+    live = sys.stdout.isatty() and not options.json
+
+    def show(seen: check.SourceSeen) -> None:
+        if live:
+            text = check.render(seen)
+            sys.stdout.write(f"\x1b[J{text}\x1b[{text.count(chr(10))}A")
+            sys.stdout.flush()
+
+    seen = wiring.check_source(layout, options.lane, options.seconds, options.manifest, show)
+    if options.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(seen)).decode() + "\n")
+    else:
+        sys.stdout.write(("\x1b[J" if live else "") + check.render(seen))
+    return 0 if seen.good else 1
 
 
 def _doctor(layout: Layout, options: argparse.Namespace) -> int:

@@ -15,19 +15,16 @@ import ssl
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
-from msgspec import Struct, to_builtins
-from msgspec.structs import replace
-
-from agent.core import tags
 from agent.core.layout import Layout
 from agent.core.settings import AgentSettings, Lane, overridden, parse
 from agent.core.trusted_time import clock_is_right
 from agent.engine import plugins
+from agent.engine.clock import Clock as EngineClock
 from agent.errors import from_os
 from agent.identity import record
 from agent.identity.record import Identity
@@ -35,7 +32,9 @@ from agent.link import https
 from agent.link.mqtt import BrokerAddress, MqttLink
 from agent.link.tls import DeviceContext
 from agent.service.children import Children
+from agent.service.configured_files import with_files
 from agent.service.engine_process import EngineKeeper
+from agent.service.lane_pipeline import lane_pipeline
 from agent.service.loop import Parts, Supervisor, inbox
 from agent.service.reporting import Clock
 from agent.service.updates import Poller
@@ -52,11 +51,11 @@ from inference import registry
 from inference.circumstances import circumstances
 
 if TYPE_CHECKING:
+    from agent.engine.check import SourceSeen
     from agent.service.doctor import Finding
 
 ENROL_S: Final = 60.0
 M_ARENA_MAX: Final = -8
-_Table = TypeVar("_Table", bound=Struct)
 
 
 class JsonLines(logging.Formatter):
@@ -102,63 +101,46 @@ def read_settings(layout: Layout) -> AgentSettings:
     return with_files(parse(overridden(table, os.environ), plugins.kinds), layout.config.parent)
 
 
-def with_files(settings: AgentSettings, directory: Path) -> AgentSettings:
-    """Return the settings with their files found from ``directory``, and tags read from theirs.
-
-    So the tags are a part of the lane's source like any other: a changed file is a changed source.
-    Raises ``config.invalid`` naming the file, and the line.
-    """
-    serve = settings.serve
-    if serve.mqtt is not None:
-        serve = replace(serve, mqtt=_found_from(serve.mqtt, directory))
-    return replace(
-        settings,
-        serve=_found_from(serve, directory),
-        lanes=tuple(_with_files(lane, directory) for lane in settings.lanes),
-    )
-
-
-def _found_from(table: _Table, directory: Path) -> _Table:
-    """Return a table of the configuration with all its ``*_file`` as absolute paths."""
-    files = {name: getattr(table, name) for name in table.__struct_fields__ if name.endswith("_file")}
-    return replace(table, **{key: str(directory / path) for key, path in files.items() if path is not None})
-
-
-def _with_files(lane: Lane, directory: Path) -> Lane:
-    source = dict(lane.source)
-    for key, value in lane.source.items():
-        if key.endswith("_file") and isinstance(value, str):
-            source[key] = str(directory / value)
-    path = source.pop("tags_file", None)
-    if path is None:
-        return replace(lane, source=source)
-    if "tags" in source:
-        raise PitheadError(
-            "config.invalid", f"lane {lane.name!r} has both tags and tags_file", key="tags_file"
-        )
-    try:
-        with Path(str(path)).open("rb") as file:
-            data = file.read(tags.MAX_FILE + 1)
-    except OSError as error:
-        raise PitheadError(
-            "config.invalid", f"lane {lane.name!r}: tags_file {path}: {error.strerror}", key="tags_file"
-        ) from error
-    found = tags.from_csv(data, str(path))
-    return replace(lane, source=source | {"tags": [to_builtins(tag) for tag in found]})
-
-
 def recalibrate(layout: Layout, lane: str) -> None:
     """Ask durably for another calibration of a lane; the supervisor sees it at its next turn.
 
     Raises ``config.invalid`` for a lane that the configuration does not have, and ``storage.*``.
     """
-    names = [each.name for each in read_settings(layout).lanes]
-    if lane not in names:
-        said = f"there are {', '.join(names)}" if names else "it has none"
-        raise PitheadError(
-            "config.invalid", f"{layout.config}: no lane is named {lane!r}; {said}", key="lanes"
-        )
+    find_lane(layout, lane)
     durable.write(layout.calibration(lane), str(clock().wall()).encode())
+
+
+def check_source(
+    layout: Layout, name: str, seconds: float, manifest: Path | None, show: "Callable[[SourceSeen], None]"
+) -> "SourceSeen":
+    """Watch the source of a lane; see ``agent.engine.check``.
+
+    Raises ``config.invalid`` for a lane or manifest that is not there or does not fit.
+    """
+    from agent.engine import check  # noqa: PLC0415 - numpy stays out of the supervisor
+
+    lane = find_lane(layout, name)
+    times = clock()
+    return check.watch(
+        name,
+        lane.source,
+        lane_pipeline(layout, lane, manifest),
+        EngineClock(wall=times.wall, mono=times.mono),
+        seconds=seconds,
+        sleep=time.sleep,
+        show=show,
+    )
+
+
+def find_lane(layout: Layout, name: str) -> Lane:
+    """Return a lane of the configuration, or raise ``config.invalid``."""
+    lanes = {lane.name: lane for lane in read_settings(layout).lanes}
+    if name not in lanes:
+        said = f"there are {', '.join(lanes)}" if lanes else "it has none"
+        raise PitheadError(
+            "config.invalid", f"{layout.config}: no lane is named {name!r}; {said}", key="lanes"
+        )
+    return lanes[name]
 
 
 def device_tls(layout: Layout) -> ssl.SSLContext:
