@@ -185,10 +185,6 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "Check [serve.mqtt] in agent.toml, and that the broker runs.",
         retryable=True,
     ),
-    "serve.expired": ErrorSpec(
-        "The request expired before it could be answered.",
-        "Ask again; give it more time (message expiry interval).",
-    ),
     "serve.repository_unreadable": ErrorSpec(
         "The model directory cannot be read as one.", "Correct what the message names."
     ),
