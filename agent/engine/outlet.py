@@ -1,7 +1,7 @@
 """What the lanes have to say, kept until the supervisor has it.
 
-Products are numbered and kept until it says ``Stored``. Lane states and fits
-are level-triggered: only the last of each lane counts.
+Products are numbered and kept until it says ``Stored``. Lane states, fits and
+the state of serving are level-triggered: only the last of each counts.
 """
 
 import logging
@@ -14,7 +14,7 @@ import msgspec
 
 from agent.core.frames import frame
 from agent.engine.clock import Clock
-from agent.ports import Fitted, FromEngine, LaneState, Product
+from agent.ports import Fitted, FromEngine, LaneState, Product, ServeState
 from contract.messages import Anomaly, ModelSummary
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Outlet:
         self._lost_logged_at = 0
         self._states: dict[str, LaneState] = {}
         self._fits: dict[str, Fitted] = {}
+        self._serve: ServeState | None = None
         self._fresh: dict[tuple[str, str], None] = {}
 
     # ---- from the lanes
@@ -103,6 +104,21 @@ class Outlet:
             self._states.pop(lane, None)
             self._fresh.pop(("state", lane), None)
 
+    # ---- from serving
+
+    def serve(self, state: ServeState) -> None:
+        """Keep the last state of serving."""
+        with self._lock:
+            self._serve = state
+            self._fresh["serve", ""] = None
+        self._wake()
+
+    def forget_serve(self) -> None:
+        """Nobody is served any more."""
+        with self._lock:
+            self._serve = None
+            self._fresh.pop(("serve", ""), None)
+
     # ---- from the server
 
     def stored(self, n: int) -> None:
@@ -117,6 +133,7 @@ class Outlet:
             self._sent = 0
             self._fresh = {("fit", lane): None for lane in self._fits}
             self._fresh.update({("state", lane): None for lane in self._states})
+            self._fresh["serve", ""] = None
 
     def take(self, room: int) -> bytes:
         """Return frames that are due to be sent, products up to about ``room`` bytes of them."""
@@ -152,6 +169,8 @@ class Outlet:
             return self._lost
 
     def _message(self, kind: str, lane: str) -> FromEngine | None:
+        if kind == "serve":
+            return self._serve
         return self._states.get(lane) if kind == "state" else self._fits.get(lane)
 
     def _log_losses(self, now: int) -> None:

@@ -22,6 +22,7 @@ from agent.engine.clock import Clock
 from agent.engine.lane import Lane
 from agent.engine.loading import Loader
 from agent.engine.outlet import Outlet, encoded
+from agent.engine.serving import Serving
 from agent.ports import MAX_IPC_MESSAGE, Configure, Hello, Stored, ToEngine
 from contract.errors import PitheadError
 
@@ -35,6 +36,8 @@ SEND_AHEAD: Final = 256 * 1024
 """Bytes that may wait for the supervisor to read them."""
 FAREWELL_S: Final = 2.0
 LANE_END_S: Final = 2.0
+SERVING_END_S: Final = 3.0
+"""For requests that are being answered; all of a farewell must end before the supervisor insists."""
 SHORTEST_BUCKET_S: Final = 0.1
 LONGEST_BUCKET_S: Final = 86_400.0
 
@@ -111,6 +114,7 @@ class Server:
         self._loader = Loader()
         self._lanes: dict[str, Lane] = {}
         self._ending: list[Lane] = []
+        self._serving = Serving(self._outlet, clock)
         self._peer: Connection | None = None
         self._stopping = False
         self._selector = selectors.DefaultSelector()
@@ -153,10 +157,13 @@ class Server:
         self._lanes = {}
         for lane in self._ending:
             lane.stop()
+        self._serving.stop()
         until = self._clock.mono() + round(LANE_END_S * 1e6)
         hanging = [
             lane.name for lane in self._ending if not lane.join(max(0.0, (until - self._clock.mono()) / 1e6))
         ]
+        if not self._serving.join(SERVING_END_S):
+            hanging.append("serving")
         if hanging:
             log.warning("engine.lanes_hang", extra={"facts": {"lanes": hanging}})
         until = self._clock.mono() + round(FAREWELL_S * 1e6)
@@ -239,6 +246,7 @@ class Server:
     def _configure(self, wanted: Configure) -> None:
         bucket_s = min(wanted.bucket_s, LONGEST_BUCKET_S)
         bucket_s = max(bucket_s, SHORTEST_BUCKET_S)
+        self._serving.configure(wanted.serve, bucket_s)
         names = {spec.lane for spec in wanted.lanes}
         for name in [n for n in self._lanes if n not in names]:
             lane = self._lanes.pop(name)

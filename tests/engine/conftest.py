@@ -26,6 +26,8 @@ from agent.ports import (
     LaneSpec,
     LaneState,
     Product,
+    ServeSpec,
+    ServeState,
     Stored,
 )
 from contract.features import Feature, height
@@ -216,8 +218,8 @@ class Supervisor:
         self.sock.settimeout(5)
         self.sock.sendall(frame(msgspec.msgpack.encode(message)))
 
-    def configure(self, *lanes: LaneSpec, bucket_s: float = 0.2) -> None:
-        self.send(Configure(lanes=lanes, bucket_s=bucket_s))
+    def configure(self, *lanes: LaneSpec, bucket_s: float = 0.2, serve: ServeSpec | None = None) -> None:
+        self.send(Configure(lanes=lanes, bucket_s=bucket_s, serve=serve))
 
     def stored(self, n: int) -> None:
         self.send(Stored(n=n))
@@ -259,6 +261,11 @@ class Supervisor:
             raise AssertionError(f"{error}; last: {self.state(lane)}") from None
         assert isinstance(found, LaneState)
         return found
+
+    @property
+    def serving(self) -> ServeState | None:
+        states = [m for m in self.messages if isinstance(m, ServeState)]
+        return states[-1] if states else None
 
     @property
     def hello(self) -> Hello:

@@ -181,12 +181,13 @@ class Catalogue:
             raise PitheadError("serve.unknown_model", f"no model {name[:200]!r} is in the repository")
         entry.unloaded = False
         tasks = []
-        for version in entry.versions.values():
+        there = {c.version: c for c in self._available if c.name == name}
+        for text, version in entry.versions.items():
+            current = there.get(text)
+            if current is None:  # in service until another takes its place
+                continue
             if policy is not None:
                 version.policy = policy
-            current = next(
-                c for c in self._available if (c.name, c.version) == (name, version.candidate.version)
-            )
             live = version.live
             changed = live is None or live.candidate.identity != current.identity or policy is not None
             version.candidate = current
@@ -220,6 +221,9 @@ class Catalogue:
         for text in wanted:
             if text not in entry.versions:
                 entry.versions[text] = Version(there[text])
+        for text, version in list(entry.versions.items()):
+            if text not in there and (version.loading is None or version.loading.done()):
+                self._forget(entry, version)
         return entry
 
     def _begin(self, entry: Entry, version: Version) -> "asyncio.Task[PitheadError | None]":
@@ -244,13 +248,15 @@ class Catalogue:
                 version.state = State.UNAVAILABLE
                 self._tell(version, PitheadError("serve.not_ready", f"{candidate.name}: {error}"))
             return error
-        if entry.unloaded:
+        if entry.unloaded or not self._offered(candidate):
             self._closer.do(opened.session.close)
+            self._forget(entry, version)
             return None
         policy = version.policy or self.limits.policy
         if opened.objective_ms is not None and version.policy is None:
             policy = replace(policy, objective_s=opened.objective_ms / 1000)
         old = version.live
+        version.statistics = candidate.statistics or version.statistics
         version.live = Live(candidate, opened, profile, policy, memory, version.statistics)
         version.state, version.reason = State.READY, ""
         self.loads += 1
@@ -278,16 +284,23 @@ class Catalogue:
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
             old.retire(self._free)
-        if not self.limits.versions:
-            return
-        for text in newest(list(entry.versions))[self.limits.versions :]:
-            version = entry.versions[text]
-            if version is not new:
+        ranked = newest([text for text, v in entry.versions.items() if self._offered(v.candidate)])
+        kept = ranked[: self.limits.versions or None]
+        for text, version in list(entry.versions.items()):
+            if version is not new and text not in kept:
                 self._drop(version)
-                del entry.versions[text]
-                self._tell(
-                    version, PitheadError("serve.unknown_model", f"version {text} is not served any more")
-                )
+                self._forget(entry, version)
+
+    def _offered(self, candidate: Candidate) -> bool:
+        """Whether a source has this version, as these bytes or others."""
+        return any((c.name, c.version) == (candidate.name, candidate.version) for c in self._available)
+
+    def _forget(self, entry: Entry, version: Version) -> None:
+        """A version that is not served any more; one in memory stays until another takes its place."""
+        text = version.candidate.version
+        if version.live is None and entry.versions.get(text) is version:
+            del entry.versions[text]
+            self._tell(version, PitheadError("serve.unknown_model", f"version {text} is not served any more"))
 
     # ---- leaving
 
@@ -373,6 +386,14 @@ class Catalogue:
         """End loading; sessions go with the process."""
         for task in self._tasks:
             task.cancel()
+
+    def release(self) -> None:
+        """Let go of all sessions and threads, in a process that lives on; after ``close``."""
+        for entry in self.entries.values():
+            for version in entry.versions.values():
+                self._drop(version)
+        for thread in (self._loader, self._closer):
+            thread.stop(0.0)
 
 
 def _open(candidate: Candidate) -> tuple[Opened, Profile, int]:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from msgspec import Struct
 
 from agent.engine.serve.opening import Opened, open_bare, open_package
+from agent.engine.serve.statistics import Statistics
 from agent.engine.serve.verdicts import Verdicts
 from contract.errors import PitheadError
 from contract.manifest import MANIFEST_NAME
@@ -41,6 +42,8 @@ class Candidate(Struct, frozen=True):
     """Another one means that the bytes have changed."""
     open: Callable[[], Opened]
     """Opens it, on a thread where nobody waits; raises ``PitheadError``."""
+    statistics: Statistics | None = None
+    """Where to count; None: where the version's other sessions were counted."""
 
 
 class Source(Protocol):

@@ -143,7 +143,7 @@ class Live:
         request, wanted, real, done, began = job.context
         statistics = self.statistics
         if isinstance(result, PitheadError):
-            statistics.failed(end - began)
+            statistics.failed(end - began, result.code)
             answer: InferResponse | PitheadError = result
         else:
             outputs = result if wanted is None else {name: result[name] for name in wanted}

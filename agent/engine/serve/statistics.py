@@ -16,6 +16,7 @@ class Statistics:
 
     __slots__ = (
         "batches",
+        "codes",
         "executions",
         "failures",
         "failures_ns",
@@ -33,6 +34,8 @@ class Statistics:
     def __init__(self) -> None:
         self.successes = self.failures = self.refused = 0
         """Requests; ``refused`` are those that never ran."""
+        self.codes: dict[str, int] = {}
+        """Failures by what they were."""
         self.rows = 0
         """Inferences: a request with a batch of n counts n times."""
         self.executions = 0
@@ -55,9 +58,10 @@ class Statistics:
         self.output_ns += output_ns
         self.histogram[bisect_left(_BOUNDS_NS, total)] += 1
 
-    def failed(self, total_ns: int) -> None:
+    def failed(self, total_ns: int, code: str = "") -> None:
         """Count a request that the model, or its waiting time, was too much for."""
         self.failures += 1
+        self.codes[code] = self.codes.get(code, 0) + 1
         self.failures_ns += total_ns
 
     def ran(self, rows: int, infer_ns: int) -> None:

@@ -38,6 +38,10 @@ class Tokens:
     def __init__(self, known: Mapping[bytes, Principal]) -> None:
         self._known = dict(known)
 
+    def become(self, others: "Tokens") -> None:
+        """Know what ``others`` knows, and nothing else."""
+        self._known = others._known  # noqa: SLF001 - of the same class
+
     def who(self, authorization: bytes | None) -> Principal:
         """Return whom an ``Authorization`` header names; raises ``auth.missing``, ``auth.invalid``.
 
