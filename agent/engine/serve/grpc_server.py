@@ -10,9 +10,10 @@ in a tenth of the time, and HTTP/2 framing with HPACK in Python may double that;
 attacks (rapid reset, CONTINUATION and settings floods) that the library's authors look after.
 ``ModelStreamInfer`` saves a part of it: a call is opened once. The clients' way to more is REST in binary.
 
-What a client may cost: messages, calls, connections, metadata and handshakes are bounded; one sweep
-cancels calls whose message does not arrive in time or whose answer is not read; dead peers are found by
-pings.
+What a client may cost: messages, calls, connections, metadata and handshakes are bounded; calls whose
+message does not arrive in time, and streams that are not read, are let go; dead peers are found by
+pings. An answer that a living client does not read waits in the library until its connection ends, which
+grpc.aio gives no means to hasten: it costs its bytes, and no place among the calls that may be open.
 """
 
 import asyncio
@@ -38,7 +39,8 @@ from contract.errors import PitheadError
 log = logging.getLogger(__name__)
 
 SWEEP_S: Final = 0.5
-STREAMS_PER_CONNECTION: Final = 1024
+STREAMS_PER_CONNECTION: Final = 256
+"""Calls at once; clients keep more waiting."""
 IDLE_S: Final = 600
 """A connection without a call is let go, which clients do not notice."""
 PING_S: Final = 30
@@ -69,9 +71,7 @@ class Server:
     def __init__(self, service: Service, tokens: Tokens | None, listen: Listen) -> None:
         self._service, self._listen = service, listen
         self._handlers = _Handlers(service, tokens, listen.limits)
-        self._server = grpc.aio.server(
-            options=_options(listen.limits), maximum_concurrent_rpcs=listen.limits.connections
-        )
+        self._server = grpc.aio.server(options=_options(listen.limits))
         self._server.add_generic_rpc_handlers((self._handlers,))
         self.port = 0
 
@@ -104,17 +104,15 @@ class _Handlers:
         self._service, self._tokens, self._limits = service, tokens, limits
         self._loop = asyncio.get_running_loop()
         self._longest_s = service.catalogue.limits.policy.timeout_s
-        self._deadlines: dict[asyncio.Task[Any] | None, float] = {}
-        """Of the tasks of calls: when their client has to have sent or read."""
+        self._open: dict[asyncio.Task[Any] | None, float] = {}
+        """The tasks of calls that are not answered, and when their message has to be there."""
+        self._overdue: set[asyncio.Task[Any] | None] = set()
         self._streams: set[Stream] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending = False
         self._templates = Templates()
-        self._calls = {
-            path: grpc.unary_unary_rpc_method_handler(self._acts(call))
-            for path, call in Calls(service).by_path.items()
-        }
-        self._calls[_INFER] = grpc.unary_unary_rpc_method_handler(self._infer)
+        self._calls = {path: self._unary(self._acts(call)) for path, call in Calls(service).by_path.items()}
+        self._calls[_INFER] = self._unary(self._infer)
         self._calls[_STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
 
     def service(self, handler_call_details: Any) -> Any:
@@ -122,52 +120,76 @@ class _Handlers:
         handler = self._calls.get(handler_call_details.method)
         if handler is None:
             return None
+        limits = self._limits
+        if len(self._open) >= limits.connections:
+            error = PitheadError("serve.overloaded", f"{len(self._open)} calls are open", retry_after_s=1)
+            return self._refusing(error)
         if self._tokens is not None:
             try:
                 self._who(handler_call_details.invocation_metadata)
             except PitheadError as error:
                 return self._refusing(error)
-        self._deadlines[asyncio.current_task(self._loop)] = time.monotonic() + self._limits.body_s
+        self._open[asyncio.current_task(self._loop)] = time.monotonic() + limits.body_s
         return handler
 
     # ---- calls
 
-    async def _infer(self, data: bytes, context: Any) -> bytes:
-        self._arrived()
+    def _unary(self, work: Callable[[bytes, Any], Awaitable[bytes]]) -> Any:
+        """Return a handler that reads one message itself: the library's own would wait for it for ever."""
+
+        async def handle(_messages: Any, context: Any) -> bytes:
+            task = asyncio.current_task(self._loop)
+            try:
+                answer = await work(await self._message(context, task), context)
+            except PitheadError as error:
+                refused = error
+            except Exception as error:
+                log.exception("grpc.failed")
+                refused = _internal(error)
+            else:
+                self._count("OK")
+                return answer
+            finally:
+                self._open.pop(task, None)
+            return await self._refuse(context, refused)
+
+        return grpc.stream_unary_rpc_method_handler(handle)
+
+    async def _message(self, context: Any, task: "asyncio.Task[Any] | None") -> bytes:
         try:
-            request, wish = self._templates.decode(data)
-            self._hurry(request, context)
-            answer = self._templates.encode(await self._service.infer(request), wish)
-        except PitheadError as error:
-            await self._refuse(context, error)
-        except Exception as error:
-            log.exception("grpc.failed")
-            await self._refuse(context, _internal(error))
-        self._answered("OK")
-        return answer
+            data: bytes = await context.read()
+        except asyncio.CancelledError:
+            if task is None or task not in self._overdue:
+                raise
+            task.uncancel()
+            raise PitheadError("serve.timeout", "the message did not arrive in time") from None
+        finally:
+            self._overdue.discard(task)
+            self._open[task] = float("inf")
+        if data is grpc.aio.EOF:
+            raise PitheadError("serve.bad_request", "there is no message")
+        return data
+
+    async def _infer(self, data: bytes, context: Any) -> bytes:
+        request, wish = self._templates.decode(data)
+        self._hurry(request, context)
+        return self._templates.encode(await self._service.infer(request), wish)
 
     def _acts(self, call: Call) -> Callable[[bytes, Any], Awaitable[bytes]]:
         async def act(data: bytes, context: Any) -> bytes:
-            self._arrived()
-            try:
-                said = _parsed(call, data)
-                if self._tokens is not None and call.admin(said):
-                    _must_be_admin(self._who(context.invocation_metadata()))
-                answer = call.act(said)
-                fields = await answer if isinstance(answer, Awaitable) else answer
-                made: bytes = call.response(**fields).SerializeToString()
-            except PitheadError as error:
-                await self._refuse(context, error)
-            except Exception as error:
-                log.exception("grpc.failed")
-                await self._refuse(context, _internal(error))
-            self._answered("OK")
+            said = _parsed(call, data)
+            if self._tokens is not None and call.admin(said):
+                _must_be_admin(self._who(context.invocation_metadata()))
+            answer = call.act(said)
+            fields = await answer if isinstance(answer, Awaitable) else answer
+            made: bytes = call.response(**fields).SerializeToString()
             return made
 
         return act
 
     async def _stream(self, _messages: Any, context: Any) -> None:
-        self._arrived()
+        task = asyncio.current_task(self._loop)
+        self._open[task] = float("inf")
         metadata = tuple(context.invocation_metadata() or ())
         strict = any((key, value) == _STRICT for key, value in metadata)
         stream = Stream(self._service, context, self._limits.read_s, strict=strict)
@@ -178,12 +200,13 @@ class _Handlers:
             await stream.run()
         except Exception as error:
             log.exception("grpc.failed")
-            await self._refuse(context, _internal(error))
+            stream.failed = _internal(error)
         finally:
             self._streams.discard(stream)
+            self._open.pop(task, None)
         if stream.failed is not None:
             await self._refuse(context, stream.failed)
-        self._answered("OK")
+        self._count("OK")
 
     def _hurry(self, request: InferRequest, context: Any) -> None:
         """Do not begin to run what the client will not wait for."""
@@ -213,7 +236,7 @@ class _Handlers:
 
     async def _refuse(self, context: Any, error: PitheadError) -> NoReturn:
         name = status_of(error)
-        self._answered(name)
+        self._count(name)
         wait = error.facts.get("retry_after_s", 1) if error.retryable else None
         metadata: tuple[tuple[str, str], ...] = ()
         if isinstance(wait, int | float):
@@ -221,23 +244,18 @@ class _Handlers:
         await context.abort(_CODES[name], words_of(error), metadata)
         raise AssertionError  # abort raises
 
-    def _answered(self, name: str) -> None:
+    def _count(self, name: str) -> None:
         answers = self._service.grpc_answers
         answers[name] = answers.get(name, 0) + 1
-        self._deadlines[asyncio.current_task(self._loop)] = time.monotonic() + self._limits.read_s
-
-    def _arrived(self) -> None:
-        self._deadlines[asyncio.current_task(self._loop)] = float("inf")
 
     # ---- housekeeping
 
     def sweep(self) -> None:
-        """Cancel the calls whose clients take too long, twice a second."""
+        """Wake the calls whose message does not come, twice a second."""
         now = time.monotonic()
-        for task, deadline in list(self._deadlines.items()):
-            if task is None or task.done():
-                del self._deadlines[task]
-            elif deadline < now:
+        for task, deadline in self._open.items():
+            if task is not None and deadline < now and task not in self._overdue:
+                self._overdue.add(task)
                 task.cancel()
         self._sweeper = self._loop.call_later(SWEEP_S, self.sweep)
 
