@@ -21,8 +21,8 @@ from inference.registry import open_session
 from tests.serve import models
 
 SPEC = (TensorSpec("x", "FP32", (-1, 2)),)
-SHORT = Profile(10e-6, batches=True, batch_s=20e-6)
-LONG = Profile(10e-3, batches=True, batch_s=20e-3)
+SHORT = Profile(10e-6, batches=True)
+LONG = Profile(10e-3, batches=True)
 
 
 class Held:

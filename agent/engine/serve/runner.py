@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 INLINE_S: Final = 200e-6
 """Up to this much a run may take on the loop."""
-INLINE_BATCH_S: Final = 1e-3
+INLINE_BATCH_S: Final = 250e-6
 """And a batch of them."""
 LONELY: Final = 8
 """After so many turns with one request each, inline runs are not put off to the turn's end..."""
@@ -70,8 +70,6 @@ class Profile(Struct, frozen=True):
     """Median of one row; infinite where it could not be run."""
     batches: bool = False
     """Rows do not depend on each other, and running eight together pays."""
-    batch_s: float = 0.0
-    """Median of eight rows at once."""
 
 
 Finish: TypeAlias = Callable[[Job, "Outputs | PitheadError", int, int], None]
