@@ -133,3 +133,35 @@ def test_two_distributions_with_one_name_are_told_apart_by_nobody(site: Path):
     install(site, "pithead_broken", MODULE, "constant = pithead_broken")
     with pytest.raises(PitheadError, match=r"pithead_broken 1.0, pithead_constant 1.0"):
         open_source({"kind": "constant"}, PIPELINE, CLOCK)
+
+
+@pytest.mark.parametrize(
+    ("kind", "library", "table"),
+    [
+        ("http", "httptools", {"port": 1}),
+        ("modbus", "pymodbus", {"host": "x", "tags": [{"channel": "a", "address": "coil:0"}]}),
+        ("opcua", "asyncua", {"url": "opc.tcp://x:1", "tags": [{"channel": "a", "address": "i=1"}]}),
+        ("sparkplug", "google.protobuf", {"group": "g", "edge_node": "n"}),
+        ("images", "PIL", {"path": ".", "width": 1, "height": 1}),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
+    kind: str, library: str, table: dict[str, object]
+):
+    """In a process of its own, to which the library is hidden."""
+    script = f"""
+import sys
+sys.modules[{library!r}] = None
+from agent.engine.clock import Clock
+from agent.engine.sources import open_source
+from contract.errors import PitheadError
+from contract.manifest import Channel, Pipeline
+try:
+    pipeline = Pipeline((Channel("a"),), 1, 1, (0.0,), (1.0,), sample_rate_hz=1.0)
+    open_source({{"kind": {kind!r}}} | {table!r}, pipeline, Clock(lambda: 1, lambda: 1))
+except PitheadError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert said.startswith("source.failed: ")
+    assert f"install the extra `{kind}`" in said

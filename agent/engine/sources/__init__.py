@@ -38,11 +38,18 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
     return source if conversion is None else Converted(source, conversion)
 
 
+def _own(kind: str) -> Any:
+    try:
+        return import_module(SOURCES[kind])
+    except ImportError as error:
+        raise PitheadError("source.failed", f"{kind}: {error}; install the extra `{kind}`") from error
+
+
 def _module(table: Table) -> Any:
     kind = table.get("kind")
     if isinstance(kind, str):
         if kind in SOURCES:
-            return import_module(SOURCES[kind])
+            return _own(kind)
         if (module := plugins.load(kind)) is not None:
             return module
     raise PitheadError(

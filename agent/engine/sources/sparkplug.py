@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from agent.core.settings import LocalBroker
 from agent.engine.clock import Clock
+from agent.engine.sources import sparkplug_payload as payloads
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate, settings
 from agent.engine.sources.broker import MAX_PAYLOAD, Connection
 from agent.engine.sources.hold import Hold
@@ -24,13 +25,6 @@ from agent.engine.sources.inbox import Inbox
 from agent.engine.sources.tags import Address
 from contract.errors import PitheadError
 from contract.manifest import Pipeline
-
-try:
-    from agent.engine.sources import sparkplug_payload as payloads
-except ImportError as missing:
-    raise PitheadError(
-        "source.failed", "sparkplug: protobuf is missing; install the extra `sparkplug`"
-    ) from missing
 
 log = logging.getLogger(__name__)
 
