@@ -46,6 +46,8 @@ MAX_REGISTERS: Final = 125
 MAX_BITS: Final = 2000
 HIGHEST: Final = 65535
 BITS: Final = 16
+CATCH_UP: Final = 4
+"""Periods that a slow answer may delay the next reads, which then follow at once; more are lost."""
 ILLEGAL: Final = {1: "function", 2: "address", 3: "value"}
 """Exception codes that will come again however often one asks."""
 
@@ -227,7 +229,8 @@ class ModbusSource(ThreadedSource):
                 self.inbox.put([(t, row)], lost=lost, gap=lost > 0)
                 self.inbox.up()
                 due += self._period
-                lost = max(0, (self._clock.mono() - due) // self._period)
+                behind = max(0, (self._clock.mono() - due) // self._period)
+                lost = behind if behind > CATCH_UP else 0
                 due += lost * self._period
 
     def _read(self, client: Any) -> list[float]:
