@@ -45,9 +45,11 @@ class Client:
     def infer(self, said: Any = None, **more: Any):
         return self.call("ModelInfer", message() if said is None else said, **more)
 
-    def stream(self, said: Iterable[bytes], metadata: Any = None) -> Iterator[Any]:
+    def stream(
+        self, said: Iterable[bytes], metadata: Any = None, timeout: float | None = DEADLINE_S
+    ) -> Iterator[Any]:
         ask = self.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
-        for data in ask(iter(said), metadata=metadata, timeout=DEADLINE_S):
+        for data in ask(iter(said), metadata=metadata, timeout=timeout):
             yield CLASSES["ModelStreamInferResponse"].FromString(data)
 
     def refused(
