@@ -1,5 +1,7 @@
 """Serving on a device of the fleet: its settings, what the engine is told, how what it says is judged."""
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import msgspec
 import pytest
 
 from agent.core import health
-from agent.core.settings import AgentSettings, Lane, Serve, overridden, parse
+from agent.core.settings import AgentSettings, Lane, Serve, ServeMqtt, overridden, parse
 from agent.core.slots import Serving, Slots
 from agent.ports import Configure, FromEngine, LaneState, ServeSpec, ServeState, ToEngine
 from agent.service import events, status
@@ -304,3 +306,16 @@ def test_the_status_shows_it():
 def test_its_state_goes_over_the_wire():
     state = ServeState("listening", models=(LaneState("serving", "pump", "running"),))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=FromEngine) == state
+
+
+def test_the_page_shows_every_setting_and_its_examples_hold():
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    text = re.sub(r"^# ", "", "\n".join(blocks), flags=re.MULTILINE)
+    table = tomllib.loads(text)
+    found = parse(table).serve
+    assert found.mqtt is not None
+    assert set(table["serve"]) == set(Serve.__struct_fields__)
+    assert set(table["serve"]["mqtt"]) == set(ServeMqtt.__struct_fields__)
+    plain = tomllib.loads("\n".join(blocks))
+    assert parse(plain).serve == Serve(enabled=True, mqtt=ServeMqtt())

@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import json
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import msgspec
 import numpy as np
 import pytest
@@ -33,6 +35,8 @@ from tests.engine.conftest import (
     until,
     write_csv,
 )
+from tests.engine.test_mqtt import certificate
+from tests.serve.grpc_client import Client, array, message
 
 
 def constant(value: float) -> Network:
@@ -141,12 +145,17 @@ class Load:
     body: bytes
     clients: int = 4
     seen: Counter[tuple[int, str, float]] = field(default_factory=Counter)
+    by_grpc: Counter[tuple[int, str, float]] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     _end: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
+    grpc: str = ""
+    """One more client asks there."""
 
     def start(self) -> "Load":
         self._threads = [threading.Thread(target=self._ask) for _ in range(self.clients)]
+        if self.grpc:
+            self._threads.append(threading.Thread(target=self._ask_by_grpc))
         for thread in self._threads:
             thread.start()
         return self
@@ -172,32 +181,42 @@ class Load:
             connection.close()
             self.seen.update(mine)
 
+    def _ask_by_grpc(self) -> None:
+        (tensor,) = json.loads(self.body)["inputs"]
+        said = message(np.array([tensor["data"]], np.float32), "demo", tensor["name"])
+        try:
+            with grpc.insecure_channel(self.grpc) as channel:
+                client = Client(channel)
+                while not self._end.is_set():
+                    answer = client.infer(said)
+                    self.by_grpc[200, answer.model_version, float(array(answer)[0, 0])] += 1
+        except grpc.RpcError as error:
+            self.broken.append(repr(error))
+
 
 def test_swaps_in_both_directions_cost_no_request(engine: Engine, tmp_path: Path):
     old, fresh = package(tmp_path, "1.0.0", constant(1.0)), package(tmp_path, "2.0.0", constant(2.0))
     supervisor = engine.connect()
     first = model(old)
-    supervisor.configure(lane(old, tmp_path), serve=ServeSpec(settings(), (first,)))
-    url = until_serves(supervisor, first).url
-    load = Load(url, json.dumps(question(old)).encode()).start()
+    both = settings(grpc_port=0)
+    supervisor.configure(lane(old, tmp_path), serve=ServeSpec(both, (first,)))
+    listening = until_serves(supervisor, first)
+    load = Load(listening.url, json.dumps(question(old)).encode(), grpc=listening.grpc).start()
     try:
         for activation in range(2, 14):
             spec = model(fresh if activation % 2 == 0 else old, activation)
-            before = sum(load.seen.values())
-            supervisor.configure(lane(old, tmp_path), serve=ServeSpec(settings(), (spec,)))
+            supervisor.configure(lane(old, tmp_path), serve=ServeSpec(both, (spec,)))
             until_serves(supervisor, spec)
-            assert before == sum(load.seen.values()) or not load.broken
     finally:
         load.end()
     assert not load.broken, load.broken
-    assert set(load.seen) == {(200, "1.0.0", 1.0), (200, "2.0.0", 2.0)}, load.seen
-    assert sum(load.seen.values()) > 500
+    assert set(load.seen) == set(load.by_grpc) == {(200, "1.0.0", 1.0), (200, "2.0.0", 2.0)}
+    asked = sum(load.seen.values()) + sum(load.by_grpc.values())
+    assert asked > 500
     state = supervisor.state()
     assert state is not None
     assert (state.state, state.activation) == ("running", 1), "the lane was left alone"
-    supervisor.until(
-        lambda: sum(s.count for s in served(supervisor)) == sum(load.seen.values()), "all are counted"
-    )
+    supervisor.until(lambda: sum(s.count for s in served(supervisor)) == asked, "all are counted")
     by_version = {(s.version, s.activation) for s in served(supervisor) if s.count}
     assert {v for v, _ in by_version} == {"1.0.0", "2.0.0"}
     assert len(by_version) > 2
@@ -421,3 +440,28 @@ def test_an_int8_model_takes_real_values(engine: Engine, tmp_path: Path):
     status, said = ask(until_serves(supervisor, spec).url, made)
     assert status == 200, said
     assert said["outputs"][0]["datatype"] == "FP32"
+
+
+def test_a_certificate_that_is_renewed_is_shown_without_a_new_order(engine: Engine, tmp_path: Path):
+    made = package(tmp_path)
+    spec = model(made)
+    cert, key = certificate(tmp_path)
+    renewed = tmp_path / "renewed"
+    renewed.mkdir()
+    later = certificate(renewed)
+    supervisor = engine.connect()
+    tls = settings(http_port=free_port(), tls_certificate_file=str(cert), tls_key_file=str(key))
+    supervisor.configure(serve=ServeSpec(tls, (spec,)))
+    url = until_serves(supervisor, spec).url
+    assert url.startswith("https://127.0.0.1:")
+
+    def shown() -> str:
+        try:
+            return ssl.get_server_certificate(("127.0.0.1", tls.http_port), timeout=5)
+        except OSError:
+            return ""
+
+    assert shown() == cert.read_text()
+    for new_file, path in zip(later, (cert, key), strict=True):
+        new_file.replace(path)
+    until(lambda: shown() == cert.read_text(), "the new one is shown")
