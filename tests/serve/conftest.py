@@ -139,9 +139,11 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(model_directory: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Served]:
     """One server for all tests that change nothing."""
     served = start(model_directory, tmp_path_factory.mktemp("log") / "serve.log", cache=cache)
-    until(served.ready, "all models are loaded")
-    yield served
-    code = served.stop()
+    try:
+        until(served.ready, "all models are loaded")
+        yield served
+    finally:
+        code = served.stop()
     text = served.log.read_text()
     assert code == 0, text
     assert "Traceback" not in text, text

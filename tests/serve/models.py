@@ -83,6 +83,15 @@ def every_type() -> bytes:
     )
 
 
+def texts() -> bytes:
+    """Texts to themselves, [-1]."""
+    return _save(
+        [helper.make_node("Identity", ["text"], ["same"])],
+        [_value("text", TensorProto.STRING, ["n"])],
+        [_value("same", TensorProto.STRING, ["n"])],
+    )
+
+
 def mean_over_rows() -> bytes:
     """Its first dimension is open, but its rows depend on each other: never to be batched."""
     kind = TensorProto.FLOAT
@@ -150,6 +159,7 @@ def write(directory: Path) -> Path:
     (directory / "quantised.tflite").write_bytes(quantised())
     (directory / "every_type.onnx").write_bytes(every_type())
     (directory / "mean_over_rows.onnx").write_bytes(mean_over_rows())
+    (directory / "texts.onnx").write_bytes(texts())
     (directory / "gather.onnx").write_bytes(gather())
     for version in ("1", "3"):
         (directory / "add_sub" / version).mkdir(parents=True, exist_ok=True)

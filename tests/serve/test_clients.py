@@ -55,9 +55,12 @@ def run(name: str, program: Path, served: Served) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def served(model_directory: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Served]:
     running = start(model_directory, tmp_path_factory.mktemp("clients") / "serve.log", cache=cache)
-    until(running.ready, "all models are loaded")
-    yield running
-    assert running.stop() == 0
+    try:
+        until(running.ready, "all models are loaded")
+        yield running
+    finally:
+        code = running.stop()
+    assert code == 0
     assert "Traceback" not in running.log.read_text()
 
 

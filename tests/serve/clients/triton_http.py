@@ -153,6 +153,18 @@ def every_datatype():
             assert (got.dtype, np.array_equal(got, array)) == (array.dtype, True), d
 
 
+def texts():
+    given = np.array([b"pump", "Ger\u00e4t".encode(), b""], np.object_)
+    for binary in (True, False):
+        answer = client().infer(
+            "texts",
+            inputs(binary=binary, x=given, name="text", datatype="BYTES"),
+            outputs=[http.InferRequestedOutput("same", binary_data=binary)],
+        )
+        got = [t if isinstance(t, bytes) else t.encode() for t in answer.as_numpy("same")]
+        assert got == given.tolist(), got
+
+
 def classification():
     wanted = [http.InferRequestedOutput("OUTPUT0", class_count=2)]
     a = np.arange(16, dtype=np.int32).reshape(1, 16)
