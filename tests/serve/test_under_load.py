@@ -152,6 +152,7 @@ def test_the_same_version_with_other_bytes_is_swapped_too(starts: Callable[..., 
     assert served.infer("model", body).status == 200, "what served goes on"
 
 
+@pytest.mark.alone
 def test_overload_is_told_at_once_and_what_is_accepted_is_in_time(
     starts: Callable[..., Served], tmp_path: Path
 ):
