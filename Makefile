@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := build/packages/.built
 ARGS ?=
 
-.PHONY: help setup system demo test check bench bench-lanes bench-serving docs lock clean
+.PHONY: help setup system demo test check bench bench-lanes bench-serving bench-serving-grpc docs lock clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,10 @@ bench-lanes: setup  ## Lanes beside a bare loop on the same runtime
 bench-serving: setup  ## Serving beside FastAPI, Triton and MLServer, from environments of their own
 	@./docker/system-packages.sh bench
 	$(BIN)/python benchmarks/bench_serving.py $(ARGS)
+
+bench-serving-grpc: setup  ## Serving over gRPC beside a bare grpc.aio script and Triton
+	@./docker/system-packages.sh bench
+	$(BIN)/python benchmarks/bench_serving_grpc.py $(ARGS)
 
 lock: $(STAMP)  ## Pin dependencies again, with hashes and without index addresses
 	$(BIN)/python requirements/lock.py
