@@ -74,8 +74,10 @@ def run(app: typer.Typer) -> None:
 def show_error(error: PitheadError) -> None:
     """Print an error for a person."""
     console = Console(stderr=True)
-    console.print(Text.assemble((f"{error.code}: ", "bold red"), error.detail or error.spec.summary))
-    console.print(Text(f"  {error.remedy}", style="dim"))
+    console.print(
+        Text.assemble((f"{error.code}: ", "bold red"), error.detail or error.spec.summary), soft_wrap=True
+    )
+    console.print(Text(f"  {error.remedy}", style="dim"), soft_wrap=True)
 
 
 def _options(
