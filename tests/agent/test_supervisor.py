@@ -287,6 +287,7 @@ def test_an_engine_that_dies_during_a_trial_brings_the_last_good_back(
     wait_until(lambda: device.serves("2.0.0"), "the second attempt", 40)
 
 
+@pytest.mark.timeout(300)
 def test_a_version_that_fails_its_trial_and_one_that_was_tampered_with(
     site: Site, serving: Device, wait_until: Wait
 ):
@@ -309,7 +310,7 @@ def test_a_version_that_fails_its_trial_and_one_that_was_tampered_with(
         other.start()
         site.order(other.id, ("1.0.0", {}))
         wait_until(
-            lambda: ("1.0.0", "refused", "update.hash_mismatch") in site.receipts(other.id), "refusal", 40
+            lambda: ("1.0.0", "refused", "update.hash_mismatch") in site.receipts(other.id), "refusal", 90
         )
         stored.write_bytes(honest)
         site.order(other.id, ("1.0.0", {"attempt": 1, "role": Role.STAGED}))
