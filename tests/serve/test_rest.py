@@ -42,6 +42,7 @@ def test_health_has_a_json_body(shared: Served):
 def test_json_in_json_out(shared: Served):
     reply = shared.infer("autoencoder", {"id": "7", "inputs": [tensor("input", "FP32", X)]})
     assert reply.status == 200
+    assert list(reply.json) == ["model_name", "model_version", "outputs", "id"]
     assert reply.json["id"] == "7"
     assert close(reply.array(), expected(X))
 
@@ -57,6 +58,7 @@ def test_binary_in_binary_out(shared: Served):
     body, length = binary([("input", "FP32", X)], parameters={"binary_data_output": True})
     reply = shared.infer("autoencoder", body, inference_header_content_length=length)
     head, data = split(reply)
+    assert list(head) == ["model_name", "model_version", "outputs"]
     assert head["outputs"][0]["parameters"] == {"binary_data_size": 256}
     assert reply.headers["content-type"] == "application/octet-stream"
     assert close(np.frombuffer(data, np.float32), expected(X).ravel())

@@ -12,7 +12,6 @@ from msgspec import Raw, Struct
 
 from agent.engine.serve import tensors
 from agent.engine.serve.requests import (
-    NO_PARAMETERS,
     InferRequest,
     InferResponse,
     Parameters,
@@ -238,7 +237,7 @@ def encode(response: InferResponse, wish: Wish) -> Encoded:
             tensor.data = tensors.to_json(array)
         described.append(tensor)
     answer = _Answer(response.model, response.version, described, response.id)
-    if response.parameters is not NO_PARAMETERS:
+    if response.parameters:
         answer.parameters = response.parameters
     head = _encoder.encode(answer)
     if not parts:
@@ -262,7 +261,7 @@ class Headers:
         if (
             response.id
             or response.written is not None
-            or response.parameters is not NO_PARAMETERS
+            or response.parameters
             or not (wish.binary if not wish.by_name else all(wish.by_name.values()))
         ):
             return encode(response, wish)

@@ -98,7 +98,8 @@ class Templates:
 
     def encode(self, response: InferResponse, wish: Wish = RAW) -> bytes:
         """Return what ``grpc_codec.encode`` returns, perhaps with its fields in another order."""
-        if wish is not RAW or response.written is not None or response.parameters is not NO_PARAMETERS:
+        plain = response.parameters is NO_PARAMETERS and response.written is None
+        if wish is not RAW or not plain or not response.outputs:
             return grpc_codec.encode(response, wish)
         key: list[Any] = [response.model, response.version]
         raws: list[bytes] = []

@@ -1,6 +1,7 @@
 """One inference as values, the same for REST, gRPC and MQTT."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from msgspec import Struct
@@ -10,7 +11,8 @@ from inference.session import Array
 Parameter: TypeAlias = bool | int | float | str
 Parameters: TypeAlias = Mapping[str, Parameter]
 
-NO_PARAMETERS: Final[Parameters] = {}
+NO_PARAMETERS: Final[Parameters] = MappingProxyType({})
+"""Always this one: msgspec would copy an empty dictionary for each value."""
 
 
 class Region(Struct, frozen=True, gc=False):
