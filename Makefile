@@ -53,6 +53,7 @@ bench-lanes: setup  ## Lanes beside a bare loop on the same runtime
 bench-serving: setup  ## Serving beside FastAPI, Triton and MLServer, from environments of their own
 	@./docker/system-packages.sh bench
 	$(BIN)/python benchmarks/bench_serving.py $(ARGS)
+	$(BIN)/python benchmarks/bench_batching.py
 
 bench-serving-grpc: setup  ## Serving over gRPC beside a bare grpc.aio script and Triton
 	@./docker/system-packages.sh bench

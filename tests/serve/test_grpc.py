@@ -415,7 +415,7 @@ def test_bytes_that_are_not_http2(served: Served, data: bytes, preface: Any):
 
 
 def test_it_ends_after_the_calls_that_it_has_taken(starts: Callable[..., Served], tmp_path: Path):
-    (tmp_path / "slow.onnx").write_bytes(models.slow(width=1024, layers=60))
+    (tmp_path / "slow.onnx").write_bytes(models.slow(width=1024, layers=200))
     served = starts(tmp_path / "slow.onnx", "--grpc-port", "0")
     until(served.ready, "the model is loaded")
     said = message(np.ones((1, 4), np.float32), "slow", "x").SerializeToString()

@@ -237,7 +237,7 @@ def test_models_share_a_budget_and_come_back_when_asked(starts: Callable[..., Se
 
 
 def test_it_ends_after_the_requests_that_it_has_taken(starts: Callable[..., Served], tmp_path: Path):
-    (tmp_path / "slow.onnx").write_bytes(models.slow(width=1024, layers=60))
+    (tmp_path / "slow.onnx").write_bytes(models.slow(width=1024, layers=200))
     served = starts(tmp_path / "slow.onnx")
     until(served.ready, "the model is loaded")
     data = request("slow", np.ones((1, 4), np.float32), "x")
