@@ -1,9 +1,11 @@
 """ONNX Runtime."""
 
 import base64
+import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +33,7 @@ _DATATYPES: Final[Mapping[str, Datatype]] = {
     "tensor(string)": "BYTES",
 }
 _SILENT: Final = 4
+_LARGE: Final = 2 * 1024 * 1024
 _CPU: Final = "CPUExecutionProvider"
 _SMALLEST: Final = b"c-rIOurlW2;bN>1VyskR2};c=6=F<};s*(EadB`k3bAl8aWEzU1uBsRoLIOR1b6`jng;C"
 """y = Relu(x), zlib in base 85."""
@@ -67,9 +70,10 @@ class OnnxSession:
         # Its exceptions share no base; they stop here. What its own Python part would do instead of
         # raising, another session on the CPU, nobody asked for.
         try:
-            self._session = onnxruntime.InferenceSession(
-                content, sess_options=options, enable_fallback=0, **providers
-            )
+            with _handed_over(content, wanted) as source:
+                self._session = onnxruntime.InferenceSession(
+                    source, sess_options=options, enable_fallback=0, **providers
+                )
         except Exception as error:
             raise PitheadError("inference.load_failed", first_line(error)) from error
         if wanted.provider not in self._session.get_providers():
@@ -117,6 +121,43 @@ class OnnxSession:
     def close(self) -> None:
         """See ``Session``."""
         del self._session
+
+
+@contextmanager
+def _handed_over(content: bytes, wanted: Accelerator) -> Iterator[bytes | str]:
+    """Yield what the runtime reads the model from.
+
+    It parses bytes while it holds the interpreter's lock, half a millisecond
+    for each MB, and keeps them; files it does not. So a large model becomes a
+    file that has no name and that nobody else can change. Where that is not
+    to be had (in the probe's sandbox), the bytes are as good.
+    """
+    handle = _unnamed(content) if len(content) >= _LARGE and wanted.provider == _CPU else None
+    if handle is None:
+        yield content
+        return
+    try:
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
+def _unnamed(content: bytes) -> int | None:
+    """Return the descriptor of a file in memory with this content, or None where there are no such files."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        handle = os.memfd_create("model", os.MFD_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(handle, left) :]
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _options(threads: int, resources: Resources) -> Any:

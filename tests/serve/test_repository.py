@@ -12,7 +12,9 @@ from agent.engine.serve.requests import Region
 from agent.engine.serve.shared_memory import SharedMemory
 from agent.engine.serve.verdicts import Verdict, Verdicts
 from contract.errors import PitheadError
+from inference.accelerators import find
 from inference.probing import Limits
+from inference.runtimes import onnx
 from models import shipped
 from tests.serve import models
 
@@ -124,3 +126,21 @@ def test_keys_lead_to_regions_only(tmp_path: Path, key: str):
     os.mkfifo(tmp_path / "inside" / "pipe")
     with pytest.raises(PitheadError, match=r"key|byte_size"):
         SharedMemory(tmp_path / "inside").register("x", key, 0, 5)
+
+
+def test_a_large_model_is_handed_over_as_a_file_without_a_name(monkeypatch: pytest.MonkeyPatch):
+    content = models.slow(width=1000, layers=1)
+    x = {"x": np.ones((1, 4), np.float32)}
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with onnx._handed_over(content, find("onnx", "cpu")) as source:
+        assert isinstance(source, str)
+        assert Path(source).read_bytes() == content
+    by_file = onnx.OnnxSession(content)
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    monkeypatch.delattr("os.memfd_create")
+    with onnx._handed_over(content, find("onnx", "cpu")) as source:
+        assert source is content
+    by_bytes = onnx.OnnxSession(content)
+    assert np.array_equal(by_file.run(x)["y"], by_bytes.run(x)["y"])
+    by_file.close()
+    by_bytes.close()
