@@ -275,6 +275,7 @@ def test_a_strict_stream_ends_with_the_status(c: Client):
     assert caught.value.code() is Code.NOT_FOUND
 
 
+@pytest.mark.alone
 def test_streams_that_are_not_read_hold_back_and_are_let_go(
     starts: Callable[..., Served], model_directory: Path
 ):

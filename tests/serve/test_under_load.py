@@ -182,6 +182,7 @@ def test_overload_is_told_at_once_and_what_is_accepted_is_in_time(
     assert served.infer("slow", {"inputs": [tensor("x", "FP32", np.ones((1, 4), np.float32))]}).status == 200
 
 
+@pytest.mark.alone
 def test_many_at_once_run_together(starts: Callable[..., Served], tmp_path: Path):
     (tmp_path / "slow.onnx").write_bytes(models.slow(width=1500, inner=1))
     served = starts(tmp_path / "slow.onnx")
