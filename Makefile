@@ -34,7 +34,7 @@ demo: setup  ## The main job, told as a story; hand arguments on with ARGS="--on
 	$(BIN)/pithead demo $(ARGS)
 
 test: setup  ## All tests; what needs the machine to itself comes last
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not alone" $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not alone" $(ARGS)
 	$(BIN)/python -m pytest -m alone
 
 check: $(STAMP)  ## Style, types, layers, wheel

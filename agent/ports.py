@@ -5,6 +5,10 @@ a 4-byte big-endian length and one msgpack map. Both directions are
 level-triggered or numbered, so either side may restart at any time.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
@@ -25,6 +29,20 @@ from contract.messages import (
 from inference.accelerators import Custom, Resources
 
 MAX_IPC_MESSAGE: Final = 8 * 1024 * 1024
+
+
+@contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """Yield an address to bind or connect to the Unix socket at ``path``, however deep that lies.
+
+    An address may have 107 bytes (unix(7)); by way of the directory's
+    descriptor it is short. Raises ``OSError`` when there is no such directory.
+    """
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 class FitResult(Struct, frozen=True):

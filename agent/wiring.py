@@ -56,8 +56,6 @@ if TYPE_CHECKING:
 
 ENROL_S: Final = 60.0
 M_ARENA_MAX: Final = -8
-MOST_SOCKET_PATH: Final = 107 - len("..4194304")
-"""Bytes of a Unix socket's path (unix(7)), less what the engine adds while it binds beside it."""
 
 
 class JsonLines(logging.Formatter):
@@ -229,7 +227,6 @@ def supervisor(layout: Layout) -> Iterator[Supervisor]:
             f"this device is not enrolled ({layout.identity_file} is missing): "
             "pithead-agent enroll --server URL --token TOKEN",
         )
-    check_socket_path(layout)
     with alone(layout):
         for directory in (layout.state_dir, layout.slots, layout.objects):
             durable.sweep(directory)
@@ -292,18 +289,6 @@ def build(layout: Layout, settings: AgentSettings, identity: Identity) -> Superv
         ),
         box,
     )
-
-
-def check_socket_path(layout: Layout) -> None:
-    """Raise ``config.invalid`` where the root is so deep that no engine could listen below it."""
-    length = len(os.fsencode(layout.engine_socket))
-    if length > MOST_SOCKET_PATH:
-        raise PitheadError(
-            "config.invalid",
-            f"--root {layout.root}: the engine's socket {layout.engine_socket} would be {length} bytes long, "
-            f"{MOST_SOCKET_PATH} are possible; choose a shorter root",
-            key="root",
-        )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from agent.engine.lane import Lane
 from agent.engine.loading import Loader
 from agent.engine.outlet import Outlet, encoded
 from agent.engine.serving import Serving
-from agent.ports import MAX_IPC_MESSAGE, Configure, Hello, Stored, ToEngine
+from agent.ports import MAX_IPC_MESSAGE, Configure, Hello, Stored, ToEngine, socket_address
 from contract.errors import PitheadError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def listen(path: Path) -> socket.socket:
     mask = os.umask(0o177)
     try:
         beside.unlink(missing_ok=True)
-        server.bind(str(beside))
+        with socket_address(beside) as address:
+            server.bind(address)
         server.listen(4)
         beside.rename(path)
     except OSError as error:

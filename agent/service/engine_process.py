@@ -20,7 +20,7 @@ import msgspec
 from agent.core import backoff
 from agent.core.frames import FrameReader, frame
 from agent.core.layout import Layout
-from agent.ports import FromEngine, Hello, ToEngine
+from agent.ports import FromEngine, Hello, ToEngine, socket_address
 from agent.service.events import EngineLost, EngineSaid, EngineStarted, Post
 from contract.errors import PitheadError
 
@@ -149,7 +149,8 @@ class EngineKeeper:
     def _connect(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.connect(str(self.layout.engine_socket))
+            with socket_address(self.layout.engine_socket) as address:
+                sock.connect(address)
         except OSError:
             sock.close()
             return None

@@ -14,7 +14,6 @@ import msgspec
 import psutil
 import pytest
 
-from agent import wiring
 from agent.__main__ import main
 from agent.core import health, plan, slots
 from agent.core.blame import SOON_S
@@ -749,10 +748,3 @@ def test_an_engine_that_dies_or_hangs_is_replaced(bench: Bench, monkeypatch: pyt
         bench.engine.leave(keep_engine=False)
         bench.engine.join()
     assert not engine_process.is_engine(third.message.pid)
-
-
-def test_a_root_too_deep_for_a_socket_is_told_before_anything_starts(tmp_path: Path):
-    wiring.check_socket_path(Layout(Path("/srv/device")))
-    with pytest.raises(PitheadError, match="choose a shorter root") as caught:
-        wiring.check_socket_path(Layout(tmp_path / ("deep" * 20)))
-    assert caught.value.code == "config.invalid"

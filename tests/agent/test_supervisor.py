@@ -189,9 +189,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def device(site: Site, tmp_path_factory: pytest.TempPathFactory, recording: Path) -> Iterator[Device]:
-    # A short name: the engine's socket below it may have 107 bytes.
-    found = Device(site, tmp_path_factory.mktemp("device"), recording)
+def device(site: Site, tmp_path: Path, recording: Path) -> Iterator[Device]:
+    found = Device(site, tmp_path, recording)
     yield found
     found.stop()
     assert "Traceback" not in found.log()
@@ -290,7 +289,7 @@ def test_an_engine_that_dies_during_a_trial_brings_the_last_good_back(
 
 @pytest.mark.timeout(300)
 def test_a_version_that_fails_its_trial_and_one_that_was_tampered_with(
-    site: Site, serving: Device, wait_until: Wait, tmp_path_factory: pytest.TempPathFactory
+    site: Site, serving: Device, wait_until: Wait
 ):
     device = serving
     site.order(device.id, ("3.0.0", {}))
@@ -305,7 +304,7 @@ def test_a_version_that_fails_its_trial_and_one_that_was_tampered_with(
     best = max(manifest["variants"], key=lambda v: v["preference"])["file"]
     stored = site.plant.data_dir / "objects" / best["sha256"]
     honest = stored.read_bytes()
-    other = Device(site, tmp_path_factory.mktemp("other"), ROOT / "none.csv")
+    other = Device(site, device.root / "other", ROOT / "none.csv")
     try:
         stored.write_bytes(bytes([honest[0] ^ 1]) + honest[1:])
         other.start()

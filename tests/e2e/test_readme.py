@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,23 +22,18 @@ def block() -> str:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory with a short name, as people have; a socket's path may have 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="pithead-") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def walk(place: Path) -> Iterator[subprocess.CompletedProcess[str]]:
+def walk(tmp_path: Path) -> Iterator[subprocess.CompletedProcess[str]]:
     """A shell that went through the block in an empty directory, with the processes that it left running."""
-    (place / "docs").symlink_to(HERE / "docs")
-    (place / ".venv").symlink_to(Path(sys.prefix))
-    log = place / "said.txt"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PITHEAD_")} | {"HOME": str(place)}
+    (tmp_path / "docs").symlink_to(HERE / "docs")
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    log = tmp_path / "said.txt"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PITHEAD_")} | {
+        "HOME": str(tmp_path)
+    }
     with log.open("w") as said:
         shell = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", waiting(block())],
-            cwd=place, env=environment, stdout=said, stderr=said, start_new_session=True,
+            cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True,
         )  # fmt: skip
         try:
             code = shell.wait(TIMEOUT_S)
@@ -76,11 +70,13 @@ def _session(process: psutil.Process) -> int | None:
 
 
 @pytest.mark.timeout(TIMEOUT_S + 60)
-def test_the_readme_s_walk_ends_with_a_model_in_service(walk: subprocess.CompletedProcess[str], place: Path):
+def test_the_readme_s_walk_ends_with_a_model_in_service(
+    walk: subprocess.CompletedProcess[str], tmp_path: Path
+):
     assert walk.returncode == 0, walk.stdout[-4000:]
     assert "succeeded" in walk.stdout, walk.stdout[-20000:]
     assert "my-first-device" in walk.stdout
     assert "BECAUSE OF" in walk.stdout or "No anomalies" in walk.stdout
-    status = [sys.executable, "-m", "agent", "status", "--json", "--root", place / "device"]
+    status = [sys.executable, "-m", "agent", "status", "--json", "--root", tmp_path / "device"]
     found = json.loads(subprocess.run(status, capture_output=True, text=True, check=True).stdout)
     assert "host-health" in json.dumps(found)

@@ -29,6 +29,7 @@ from agent.ports import (
     ServeSpec,
     ServeState,
     Stored,
+    socket_address,
 )
 from contract.features import Feature, height
 from contract.manifest import (
@@ -208,7 +209,8 @@ class Supervisor:
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(0.05)
-        self.sock.connect(str(path))
+        with socket_address(path) as address:
+            self.sock.connect(address)
         self._reader = FrameReader()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self.messages: list[FromEngine] = []

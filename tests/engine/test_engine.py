@@ -521,3 +521,15 @@ def test_a_socket_that_cannot_be_made_is_named(tmp_path: Path):
     )
     assert result.returncode == 2
     assert b"config.invalid: --socket" in result.stderr
+
+
+def test_the_socket_may_lie_deeper_than_an_address_is_long(tmp_path: Path):
+    deep = tmp_path / ("floor" * 30) / ("line" * 30)
+    deep.mkdir(parents=True)
+    other = start_engine(deep / "engine.sock")
+    try:
+        assert other.connect().hello.pid == other.process.pid
+        assert other.stop() == 0
+    finally:
+        other.end()
+    assert list(deep.glob("*.sock*")) == [], "nothing is left behind"
