@@ -31,6 +31,7 @@ from agent.store.outbox import Entry, Outbox
 from contract import codec, topics
 from contract.errors import PitheadError
 from contract.messages import Ack, AckRange, Anomaly, DesiredHint, PriorityClass, Status
+from provisioning.broker import executable
 
 DEVICE = "dev-test0001"
 Wait = Callable[..., None]
@@ -57,7 +58,7 @@ class Broker:
             f"persistence_location {self.directory}/\nmax_queued_messages 1000\nuser root\n"
         )
         with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(["mosquitto", "-c", str(config)], stdout=log, stderr=log)
+            self.process = subprocess.Popen([executable(), "-c", str(config)], stdout=log, stderr=log)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):

@@ -52,6 +52,16 @@ def large(width: int = 100_000) -> Network:
     return Network((first, Layer(weights=np.zeros((inputs, width)), bias=np.ones(inputs), relu=False)))
 
 
+def slow(width: int = 4000) -> Network:
+    """A network of 64 MB that takes some 30 million multiplications a row."""
+    rng = np.random.default_rng(3)
+    inputs = len(CHANNELS)
+    shapes = ((width, inputs), (width, width), (inputs, width))
+    return Network(
+        tuple(Layer(rng.normal(0, 0.01, shape), np.zeros(shape[0]), relu=False) for shape in shapes)
+    )
+
+
 def package(directory: Path, version: str = "1.0.0", net: Network | None = None) -> Package:
     return make_package(directory, kind="float32.onnx", version=version, net=net or constant(1.0))
 
@@ -126,6 +136,14 @@ def call(
         return answer.status, json.loads(text) if text.startswith((b"{", b"[")) else text
     finally:
         connection.close()
+
+
+def runs(url: str) -> bool:
+    """Whether a request is in the model's hands."""
+    return any(
+        line.startswith(b"pithead_model_in_flight{") and not line.endswith(b" 0")
+        for line in call(url, "GET", "/metrics")[1].splitlines()
+    )
 
 
 def question(made: Package, values: tuple[float, ...] = (0.5, 0.5, 0.5)) -> dict[str, Any]:
@@ -224,6 +242,28 @@ def test_swaps_in_both_directions_cost_no_request(engine: Engine, tmp_path: Path
 
 def served(supervisor: Supervisor) -> list[ModelSummary]:
     return [s for s in supervisor.summaries if s.source == "serve"]
+
+
+def test_what_an_old_version_answers_long_after_the_swap_is_counted(engine: Engine, tmp_path: Path):
+    old, fresh = package(tmp_path, "1.0.0", slow()), package(tmp_path, "2.0.0")
+    first, second = model(old), model(fresh, 2)
+    supervisor = engine.connect()
+    supervisor.configure(bucket_s=0.05, serve=ServeSpec(settings(), (first,)))
+    url = until_serves(supervisor, first).url
+    rows = 1000
+    body = question(old, (0.5, 0.5, 0.5) * rows)
+    body["inputs"][0]["shape"] = [rows, 3]
+    answers: list[tuple[int, Any]] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(call(url, "POST", "/v2/models/demo/infer", body)), daemon=True
+    )
+    asking.start()
+    supervisor.until(lambda: runs(url), "it runs")
+    supervisor.configure(bucket_s=0.05, serve=ServeSpec(settings(), (second,)))
+    until_serves(supervisor, second)
+    asking.join(20)
+    assert [(status, said["model_version"]) for status, said in answers] == [(200, "1.0.0")]
+    supervisor.until(lambda: [s.version for s in served(supervisor) if s.count] == ["1.0.0"], "it is counted")
 
 
 def test_a_model_without_a_pipeline_is_served_and_counted(engine: Engine, tmp_path: Path):

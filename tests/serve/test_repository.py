@@ -1,14 +1,16 @@
 """What is found in a directory, and that nothing is opened here before it was opened in the sandbox."""
 
+import asyncio
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from agent.engine.serve import opening
-from agent.engine.serve.repository import Directory, newest
+from agent.engine.serve import catalogue, opening
+from agent.engine.serve.repository import Directory, Memory, newest
 from agent.engine.serve.requests import Region
+from agent.engine.serve.service import Service
 from agent.engine.serve.shared_memory import SharedMemory
 from agent.engine.serve.verdicts import Verdict, Verdicts
 from contract.errors import PitheadError
@@ -144,3 +146,16 @@ def test_a_large_model_is_handed_over_as_a_file_without_a_name(monkeypatch: pyte
     assert np.array_equal(by_file.run(x)["y"], by_bytes.run(x)["y"])
     by_file.close()
     by_bytes.close()
+
+
+def test_nobody_is_ready_before_it_is_known_what_to_serve():
+    async def seen() -> tuple[bool, bool]:
+        service = Service([Memory()], catalogue.Limits())
+        before = service.ready
+        await service.start()
+        after = service.ready
+        await service.stop()
+        service.catalogue.release()
+        return before, after
+
+    assert asyncio.run(seen()) == (False, True)

@@ -112,9 +112,13 @@ class Catalogue:
         self.entries: dict[str, Entry] = {}
         self.routes: dict[tuple[str, str], Live] = {}
         """(model, version) -> what serves it now; version is empty for the default."""
+        self.leaving: set[Live] = set()
+        """What serves no more, and has not answered yet all that it admitted."""
         self._loader = Background("loader")
         self._closer = Background("closer")
         self._available: list[Candidate] = []
+        self.found = False
+        """Whether it is known yet what is to be served."""
         self.loads = self.evictions = 0
         self._tasks: set[asyncio.Task[PitheadError | None]] = set()
 
@@ -169,6 +173,7 @@ class Catalogue:
             for entry in self.entries.values():
                 for version in entry.versions.values():
                     self._begin(entry, version)
+        self.found = True
 
     async def load(self, name: str, policy: Policy | None = None) -> None:
         """Serve a model's newest versions, loading again those whose bytes or policy have changed.
@@ -283,7 +288,7 @@ class Catalogue:
 
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
-            old.retire(self._free)
+            self._retire(old)
         ranked = newest([text for text, v in entry.versions.items() if self._offered(v.candidate)])
         kept = ranked[: self.limits.versions or None]
         for text, version in list(entry.versions.items()):
@@ -330,9 +335,14 @@ class Catalogue:
     def _drop(self, version: Version) -> None:
         live, version.live = version.live, None
         if live is not None:
-            live.retire(self._free)
+            self._retire(live)
+
+    def _retire(self, live: Live) -> None:
+        self.leaving.add(live)
+        live.retire(self._free)
 
     def _free(self, live: Live) -> None:
+        self.leaving.discard(live)
         if not live.runner.lost:
             self._closer.do(live.opened.session.close)
 
@@ -370,13 +380,15 @@ class Catalogue:
                     version.live, version.state = None, State.UNAVAILABLE
                     version.reason = "a run of it hangs; load it again"
                     lost = True
+        for live in list(self.leaving):
+            live.runner.tick(now)
         if lost:
             self._route()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; return whether that happened in time."""
         end = time.monotonic() + timeout_s
-        while any(live.in_flight for live in self.routes.values()):
+        while any(live.in_flight for live in [*self.routes.values(), *self.leaving]):
             if time.monotonic() > end:
                 return False
             await asyncio.sleep(0.01)

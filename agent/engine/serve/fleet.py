@@ -49,7 +49,7 @@ class Governed(Service):
     def ready(self) -> bool:
         """Whether every model has a version that can be asked; one on trial need not."""
         defaults = [e.default for e in self.catalogue.entries.values() if not e.unloaded]
-        return not self._stopping and all(v is not None and v.ready for v in defaults)
+        return self._serving and all(v is not None and v.ready for v in defaults)
 
     async def load(self, name: str, config: str | None = None) -> None:  # noqa: ARG002 - of ``Service``
         """Refuse; raises ``serve.conflict``."""
@@ -240,8 +240,8 @@ class Fleet:
 
     def _in_use(self, offer: Offer) -> bool:
         live = self._live(offer)
-        serves = live is not None and live.candidate is offer.candidate
-        return serves or offer.record.anything
+        answers = [*self._app.service.catalogue.leaving, *([] if live is None else [live])]
+        return offer.record.anything or any(a.candidate is offer.candidate for a in answers)
 
     # ---- reports
 

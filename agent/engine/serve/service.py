@@ -145,9 +145,13 @@ class Service:
         return ServerMetadata(describe.SERVER_NAME, version(), describe.EXTENSIONS)
 
     @property
+    def _serving(self) -> bool:
+        return self.catalogue.found and not self._stopping
+
+    @property
     def ready(self) -> bool:
         """Whether every model that is to be served can be asked."""
-        return not self._stopping and all(
+        return self._serving and all(
             version.ready
             for entry in self.catalogue.entries.values()
             if not entry.unloaded
