@@ -53,6 +53,9 @@ While a rollout is open its canaries are watched: between stages, in a pause, an
 in late watches of one, two, four ... times its length. A quarter of `alpha` is reserved for those, half
 of what is left for each; when a person is away so long that nothing is left, the guardrails still halt.
 
+Where a model has a lane on a device, its latency and alarms are judged by the lane's windows, and what
+applications ask of it counts for errors only; where it is only served, the requests are what is judged.
+
 A stage without canaries passes only where canaries of this rollout serve the version. A last stage below
 100 % leaves the other devices, the hold-out among them, at the version that they have; one of 100 %
 gives the version to the hold-out when the rollout closes.

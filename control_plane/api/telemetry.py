@@ -78,6 +78,7 @@ class SummaryView(View):
     queue: int
     variant: str | None
     accelerator: str | None
+    source: str
     latency_p50_us: float | None
     latency_p95_us: float | None
     latency_p99_us: float | None

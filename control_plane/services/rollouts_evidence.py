@@ -23,6 +23,8 @@ from control_plane.store import rollouts_seen as store
 from control_plane.store.rollouts import AssignmentRecord, RolloutRecord
 from control_plane.store.rollouts_seen import SeenBucket
 
+LANE: Final = "lane"
+"""``ModelSummary.source`` of a lane."""
 CLOCK_MARGIN_US: Final = 3600 * MICROS
 """Devices whose clocks are wrong by more than this and more than they were last seen to be are silent."""
 SHORTEST_US: Final = 1.0
@@ -65,6 +67,14 @@ class Rows:
             device: min(row.t_received - row.bucket_start - round(row.bucket_s * MICROS) for row in found)
             for device, found in self.by_device.items()
         }
+
+    def judged(self, device: str) -> str:
+        """Return the source by which a model's latency and alarms are judged on a device.
+
+        That is its lane, where it has one: applications ask as they like, and no alarm comes of it.
+        """
+        found = {row.source for row in self.by_device.get(device, [])}
+        return LANE if LANE in found or not found else min(found)
 
     def of(self, device: str) -> list[tuple[int, SeenBucket]]:
         """Return (when it began in the server's time, bucket) of a device."""
@@ -246,15 +256,16 @@ def _evidence(
     cells = _Cells(len(members), pre + post)
     for index, m in enumerate(members):
         old = m.previous.version if m.previous is not None else None
+        judged = rows.judged(m.device_id)
         for begun, row in rows.of(m.device_id):
             if _is_after(record, m, row):
                 column = pre - start + math.floor((begun - record.watch_from) / width)
                 if pre <= column < pre + post:
-                    cells.add(index, column, row)
+                    cells.add(index, column, row, judged)
             elif row.version == old and row.activation < m.activation:
                 column = pre + math.floor((begun - before) / width)
                 if 0 <= column < pre:
-                    cells.add(index, column, row)
+                    cells.add(index, column, row, judged)
     empty = cells.leading_empty(pre)
     return Evidence(
         seed=f"{record.id}:{record.watched_stage}",
@@ -272,15 +283,20 @@ class _Cells:
 
     def __init__(self, devices: int, columns: int) -> None:
         shape = (devices, columns)
+        self.asked = np.zeros(shape)
         self.windows = np.zeros(shape)
         self.errors = np.zeros(shape)
         self.alarms = np.zeros(shape)
         self.latency = np.zeros(shape)
         self.timed = np.zeros(shape)
 
-    def add(self, device: int, column: int, row: SeenBucket) -> None:
-        self.windows[device, column] += row.count
+    def add(self, device: int, column: int, row: SeenBucket, judged: str) -> None:
+        """Errors count whoever asked; latency and alarms only by the source that ``judged`` names."""
+        self.asked[device, column] += row.count
         self.errors[device, column] += row.errors
+        if row.source != judged:
+            return
+        self.windows[device, column] += row.count
         self.alarms[device, column] += row.alarms
         if row.latency_p95_us is not None and row.count > 0:
             self.latency[device, column] += max(row.latency_p95_us, SHORTEST_US) * row.count
@@ -288,7 +304,7 @@ class _Cells:
 
     def leading_empty(self, pre: int) -> int:
         """Return how many of the first ``pre`` columns nobody has anything in."""
-        used = np.flatnonzero((self.windows + self.errors)[:, :pre].any(axis=0))
+        used = np.flatnonzero((self.asked + self.errors)[:, :pre].any(axis=0))
         return int(used[0]) if len(used) else pre
 
     def latency_p95(self) -> Floats:
@@ -298,7 +314,7 @@ class _Cells:
         return _ratio(self.alarms, self.windows)
 
     def error_rate(self) -> Floats:
-        return _ratio(self.errors, self.windows + self.errors)
+        return _ratio(self.errors, self.asked + self.errors)
 
 
 CALCULATED: Final[Mapping[str, Callable[[_Cells], Floats]]] = {

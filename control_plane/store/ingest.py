@@ -309,6 +309,7 @@ def _summary(body: ModelSummary) -> Row:
         "queue": body.queue,
         "variant": body.variant,
         "accelerator": body.accelerator,
+        "source": body.source,
         "latency_p50_us": _quantile(body.latency_us, 0.5),
         "latency_p95_us": _quantile(body.latency_us, 0.95),
         "latency_p99_us": _quantile(body.latency_us, 0.99),

@@ -40,6 +40,7 @@ class SeenBucket(msgspec.Struct, frozen=True):
     errors: int
     alarms: int
     latency_p95_us: float | None
+    source: str
 
 
 def newest_receipt(tx: Session) -> int:

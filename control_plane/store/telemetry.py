@@ -94,6 +94,7 @@ class SummaryRecord(msgspec.Struct, frozen=True):
     queue: int
     variant: str | None
     accelerator: str | None
+    source: str
     latency_p50_us: float | None
     latency_p95_us: float | None
     latency_p99_us: float | None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -99,6 +100,8 @@ class Fleet:
         self.database = database
         self.now = START
         self.windows = windows
+        self.requests = 0
+        """At most so many requests of applications a bucket, beside the lane's windows."""
         self.sent: list[tuple[Envelope, int]] = []
         self.behaviours: dict[str, Behaviour] = {}
         ids = itertools.count(1)
@@ -293,6 +296,18 @@ class Fleet:
             latency_us=latency.build(),
         )
         self._send(device, PriorityClass.SUMMARY, body)
+        if self.requests:
+            asked = SketchBuilder()
+            asked.add(float(device.rng.lognormal(3.0, 1.0)))
+            served = msgspec.structs.replace(
+                body,
+                count=int(device.rng.integers(1, self.requests)),
+                errors=0,
+                alarms=0,
+                latency_us=asked.build(),
+                source="serve",
+            )
+            self._send(device, PriorityClass.SUMMARY, served)
 
     def _send(self, device: SimDevice, priority: PriorityClass, body: Receipt | ModelSummary) -> None:
         device.seq[priority] = device.seq.get(priority, 0) + 1

@@ -86,6 +86,18 @@ def test_a_bad_release_is_halted_and_rolled_back(fleet: Any, harm: dict[str, flo
     assert kinds(fleet, rollout)[-1] == "rollout.rollback_complete"
 
 
+@pytest.mark.parametrize("harm", [{"alarm_rate": 0.2}, {"latency_us": 600.0}])
+def test_what_applications_ask_does_not_hide_what_a_lane_sees(fleet: Any, harm: dict[str, float]):
+    fleet.requests = 100_000
+    fleet.release("3.0.0", **harm)
+    rollout = fleet.create("3.0.0")
+    assert fleet.run_until(rollout, ENDS, 100) == "rolled_back", fleet.reason(rollout)
+    halt = fleet.rollouts.verdicts(rollout)[-1]
+    assert (halt.kind, halt.verdict) == ("gate", "halt")
+    assert halt.bucket is not None
+    assert halt.bucket <= 10
+
+
 def test_every_verdict_can_be_made_again_from_what_was_kept(fleet: Any):
     fleet.release("3.0.0", alarm_rate=0.2)
     rollout = fleet.create("3.0.0")

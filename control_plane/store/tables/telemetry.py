@@ -113,6 +113,8 @@ class Summary(_Record, table=True):
     queue: int = Field(sa_type=MICROS)
     variant: str | None = None
     accelerator: str | None = None
+    source: str = Field(default="lane", sa_column_kwargs={"server_default": "lane"})
+    """``lane`` or ``serve``."""
     latency_p50_us: float | None = None
     latency_p95_us: float | None = None
     latency_p99_us: float | None = None
