@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -28,8 +28,9 @@ from agent.engine.serve.background import Background
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate, Source, newest
 from agent.engine.serve.requests import InferRequest
+from agent.engine.serve.routing import Done, Routed
 from agent.engine.serve.runner import Policy, Profile
-from agent.engine.serve.served import Done, Live
+from agent.engine.serve.served import Live
 from agent.engine.serve.statistics import Statistics
 from agent.engine.serve.warm_up import warm_up
 from contract.errors import PitheadError
@@ -110,8 +111,10 @@ class Catalogue:
     def __init__(self, sources: Sequence[Source], limits: Limits) -> None:
         self._sources, self.limits = sources, limits
         self.entries: dict[str, Entry] = {}
-        self.routes: dict[tuple[str, str], Live] = {}
+        self.routes: dict[tuple[str, str], Routed] = {}
         """(model, version) -> what serves it now; version is empty for the default."""
+        self.overlays: list[Callable[[dict[tuple[str, str], Routed]], None]] = []
+        """What else names lead to: each is given all routes anew whenever one changes."""
         self.leaving: set[Live] = set()
         """What serves no more, and has not answered yet all that it admitted."""
         self._loader = Background("loader")
@@ -175,6 +178,14 @@ class Catalogue:
                     self._begin(entry, version)
         self.found = True
 
+    async def wake(self, name: str, version: str) -> None:
+        """Return when a version that is idle, or being loaded, is in memory; raises ``serve.not_ready``."""
+        found = self.find(name, version)
+        if found.live is None and found.state in {State.IDLE, State.LOADING}:
+            error = await asyncio.shield(self._begin(self.entries[name], found))
+            if error is not None:
+                raise PitheadError("serve.not_ready", f"{name}: {error}", model=name)
+
     async def load(self, name: str, policy: Policy | None = None) -> None:
         """Serve a model's newest versions, loading again those whose bytes or policy have changed.
 
@@ -212,7 +223,7 @@ class Catalogue:
             self._drop(version)
             version.state, version.reason = State.UNAVAILABLE, "unloaded"
             self._tell(version, PitheadError("serve.unknown_model", f"{name} was unloaded", model=name))
-        self._route()
+        self.route()
 
     def _wish(self, name: str) -> Entry | None:
         """Bring an entry to what the version policy wants of what there is."""
@@ -267,7 +278,7 @@ class Catalogue:
         self.loads += 1
         self._retire_others(entry, version, old)
         self._make_room(version.live)
-        self._route()
+        self.route()
         facts = {
             "model": candidate.name,
             "version": candidate.version,
@@ -351,8 +362,9 @@ class Catalogue:
         for _, done in waiting:
             done(error)
 
-    def _route(self) -> None:
-        routes: dict[tuple[str, str], Live] = {}
+    def route(self) -> None:
+        """Make the routes anew."""
+        routes: dict[tuple[str, str], Routed] = {}
         for entry in self.entries.values():
             if entry.unloaded:
                 continue
@@ -362,6 +374,8 @@ class Catalogue:
             default = entry.default
             if default is not None and default.live is not None:
                 routes[entry.name, ""] = default.live
+        for overlay in self.overlays:
+            overlay(routes)
         self.routes = routes
 
     # ---- housekeeping
@@ -383,7 +397,7 @@ class Catalogue:
         for live in list(self.leaving):
             live.runner.tick(now)
         if lost:
-            self._route()
+            self.route()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; return whether that happened in time."""

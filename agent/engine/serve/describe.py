@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from agent.engine.serve.pipeline_plan import Plan
 from agent.engine.serve.served import Live
 from agent.engine.serve.statistics import Statistics
 from contract.manifest import TensorSpec
@@ -63,17 +64,22 @@ class IndexEntry(Struct, frozen=True):
 
 def model_metadata(live: Live, versions: tuple[str, ...]) -> ModelMetadata:
     """Return what clients need to ask a model."""
-
-    def tensors(specs: tuple[TensorSpec, ...]) -> tuple[TensorMetadata, ...]:
-        return tuple(TensorMetadata(s.name, s.datatype, s.shape) for s in specs)
-
     return ModelMetadata(
         live.candidate.name,
         versions,
         live.candidate.platform,
-        tensors(live.opened.inputs),
-        tensors(live.opened.outputs),
+        _metadata(live.opened.inputs),
+        _metadata(live.opened.outputs),
     )
+
+
+def pipeline_metadata(name: str, version: str, plan: Plan) -> ModelMetadata:
+    """Return what clients need to ask a pipeline."""
+    return ModelMetadata(name, (version,), "ensemble", _metadata(plan.inputs), _metadata(plan.outputs))
+
+
+def _metadata(specs: tuple[TensorSpec, ...]) -> tuple[TensorMetadata, ...]:
+    return tuple(TensorMetadata(s.name, s.datatype, s.shape) for s in specs)
 
 
 def model_config(live: Live) -> dict[str, Any]:
@@ -84,24 +90,14 @@ def model_config(live: Live) -> dict[str, Any]:
     batches = live.runner.batches
     policy = live.policy
 
-    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": s.name,
-                "data_type": _TYPES.get(s.datatype, f"TYPE_{s.datatype}"),
-                "dims": list(s.shape[1:] if batches else s.shape),
-            }
-            for s in specs
-        ]
-
     config: dict[str, Any] = {
         "name": live.candidate.name,
         "platform": live.candidate.platform,
         "backend": live.candidate.platform.partition("_")[0],
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": policy.max_batch if batches else 0,
-        "input": tensors(live.opened.inputs),
-        "output": tensors(live.opened.outputs),
+        "input": _dims(live.opened.inputs, batches=batches),
+        "output": _dims(live.opened.outputs, batches=batches),
         "instance_group": [{"name": live.candidate.name, "kind": "KIND_CPU", "count": 1}],
         "parameters": {
             "accelerator": {"string_value": live.opened.session.accelerator},
@@ -120,6 +116,40 @@ def model_config(live: Live) -> dict[str, Any]:
             },
         }
     return config
+
+
+def pipeline_config(name: str, plan: Plan, max_batch: int) -> dict[str, Any]:
+    """Return a pipeline's configuration as that of an ensemble of Triton's."""
+    return {
+        "name": name,
+        "platform": "ensemble",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": max_batch if plan.batches else 0,
+        "input": _dims(plan.inputs, batches=plan.batches),
+        "output": _dims(plan.outputs, batches=plan.batches),
+        "ensemble_scheduling": {
+            "step": [
+                {
+                    "model_name": step.model,
+                    "model_version": int(step.version) if step.version.isdecimal() else -1,
+                    "input_map": dict(step.inputs),
+                    "output_map": dict(step.outputs),
+                }
+                for step in plan.steps
+            ]
+        },
+    }
+
+
+def _dims(specs: tuple[TensorSpec, ...], *, batches: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": s.name,
+            "data_type": _TYPES.get(s.datatype, f"TYPE_{s.datatype}"),
+            "dims": list(s.shape[1:] if batches else s.shape),
+        }
+        for s in specs
+    ]
 
 
 def model_statistics(name: str, version: str, s: Statistics, last_ms: int) -> dict[str, Any]:

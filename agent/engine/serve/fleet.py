@@ -306,7 +306,7 @@ class Fleet:
     def _instead(self, offer: Offer) -> Offer | None:
         """Return what serves a model until ``offer`` does."""
         live = self._app.service.catalogue.routes.get((offer.spec.model_name, ""))
-        if live is None:
+        if not isinstance(live, Live):
             return None
         return next((o for o in self._leaving if o.candidate is live.candidate), None)
 

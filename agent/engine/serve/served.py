@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, Final, NoReturn, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -12,14 +12,13 @@ from agent.engine.serve.jobs import Job, Outputs
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate
 from agent.engine.serve.requests import InferRequest, InferResponse
+from agent.engine.serve.routing import Done, Held
 from agent.engine.serve.runner import Policy, Profile, Runner
 from agent.engine.serve.statistics import Statistics
 from contract.errors import PitheadError
 from contract.manifest import TensorSpec
 from inference.arithmetic import dequantise, quantise
 from inference.session import Array
-
-Done: TypeAlias = Callable[[InferResponse | PitheadError], None]
 
 REAL: Final = np.dtype(np.float32)
 
@@ -73,6 +72,26 @@ class Live:
         self._retired = then
         self._drained()
 
+    @property
+    def labels(self) -> Mapping[str, tuple[str, ...]]:
+        """See ``Routed``."""
+        return self.opened.labels
+
+    @property
+    def batches(self) -> bool:
+        """See ``Routed``."""
+        return self.runner.batches
+
+    def hold(self, _request: InferRequest) -> Held:
+        """See ``Routed``."""
+        self.in_flight += 1
+        return _Held(self)
+
+    def release(self) -> None:
+        """End a ``hold``."""
+        self.in_flight -= 1
+        self._drained()
+
     def submit(self, request: InferRequest, done: Done) -> None:
         """Answer ``request`` through ``done``, once, perhaps before this returns.
 
@@ -101,7 +120,7 @@ class Live:
         inputs, real = given, False
         for name, wanted in known.items():
             array = given[name]
-            if array.shape != wanted.shape and not _fits(array.shape, wanted.shape):
+            if array.shape != wanted.shape and not fits(array.shape, wanted.shape):
                 raise tensors.refuse(
                     f"input {name!r}: shape",
                     f"{list(array.shape)} does not fit the model's {list(wanted.shape)}",
@@ -177,7 +196,25 @@ class Live:
             then(self)
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+class _Held:
+    """A session that stays until it is released, also when another has taken its place."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def submit(self, request: InferRequest, done: Done) -> None:
+        """See ``Held``."""
+        if self._live.runner.lost:
+            raise PitheadError("serve.model_lost", "a run of it hangs")
+        self._live.submit(request, done)
+
+    def release(self) -> None:
+        """See ``Held``."""
+        self._live.release()
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether ``shape`` is as wanted, where -1 wants anything."""
     if len(shape) != len(wanted):
         return False
     for a, b in zip(shape, wanted, strict=True):  # noqa: SIM110 - a generator costs more than the loop

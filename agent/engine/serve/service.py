@@ -21,8 +21,9 @@ from agent.engine.serve.catalogue import Catalogue, Limits, State, Version
 from agent.engine.serve.describe import IndexEntry, ModelMetadata, ServerMetadata
 from agent.engine.serve.repository import Source, newest
 from agent.engine.serve.requests import InferRequest, InferResponse, Region
+from agent.engine.serve.routing import Done
 from agent.engine.serve.runner import Policy
-from agent.engine.serve.served import Done, Live
+from agent.engine.serve.served import Live
 from agent.engine.serve.settings import Settings
 from agent.engine.serve.shared_memory import SharedMemory
 from contract.errors import PitheadError
@@ -121,9 +122,9 @@ class Service:
         return finish
 
     def _finish(self, request: InferRequest, answer: InferResponse) -> None:
-        live = self.catalogue.routes.get((request.model, request.version))
-        labels = {} if live is None else live.opened.labels
-        batches = live is not None and live.runner.batches
+        routed = self.catalogue.routes.get((request.model, request.version))
+        labels = {} if routed is None else routed.labels
+        batches = routed is not None and routed.batches
         outputs = dict(answer.outputs)
         written: dict[str, Region] = {}
         for wanted in request.outputs:
