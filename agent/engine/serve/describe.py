@@ -1,5 +1,6 @@
 """What the protocol's documents say of a server and its models: values, as they are encoded."""
 
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -150,6 +151,11 @@ def _dims(specs: tuple[TensorSpec, ...], *, batches: bool) -> list[dict[str, Any
         }
         for s in specs
     ]
+
+
+def wall_ms(monotonic_ns: int) -> int:
+    """Return the Unix time in ms of a moment of the monotonic clock."""
+    return (time.time_ns() - time.monotonic_ns() + monotonic_ns) // 1_000_000
 
 
 def model_statistics(name: str, version: str, s: Statistics, last_ms: int) -> dict[str, Any]:

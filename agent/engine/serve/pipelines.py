@@ -48,8 +48,13 @@ class Pipelines:
         if found is None:
             return None
         if found.unloaded or version not in {"", VERSION}:
-            raise PitheadError("serve.unknown_model", f"no version {version[:100]!r} of {name!r} is served")
+            which = f"version {version[:100]!r} of " if version else ""
+            raise PitheadError("serve.unknown_model", f"{which}pipeline {name!r} is not served")
         return found
+
+    def named(self, name: str) -> Pipeline | None:
+        """Return a pipeline, also one that is unloaded."""
+        return self._held.get(name)
 
     def route(self, routes: dict[tuple[str, str], Routed]) -> None:
         """Plan each anew and add those that are served to ``routes``."""
@@ -176,6 +181,13 @@ class Pipelines:
         assert pipeline.plan is not None
         most = self._catalogue.limits.policy.max_batch
         return describe.pipeline_config(pipeline.name, pipeline.plan, most)
+
+    def statistics(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Return its element of ``model_stats``."""
+        last_ms = 0
+        if pipeline.statistics.successes:
+            last_ms = describe.wall_ms(pipeline.last_used_ns)
+        return describe.model_statistics(pipeline.name, VERSION, pipeline.statistics, last_ms)
 
     def index(self, pipeline: Pipeline) -> IndexEntry:
         """Return its line in the repository's index."""

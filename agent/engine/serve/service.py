@@ -19,6 +19,7 @@ import numpy as np
 from agent.engine.serve import describe, tensors
 from agent.engine.serve.catalogue import Catalogue, Limits, State, Version
 from agent.engine.serve.describe import IndexEntry, ModelMetadata, ServerMetadata
+from agent.engine.serve.pipelines import Pipelines
 from agent.engine.serve.repository import Source, newest
 from agent.engine.serve.requests import InferRequest, InferResponse, Region
 from agent.engine.serve.routing import Done
@@ -41,6 +42,8 @@ class Service:
         self, sources: Sequence[Source], limits: Limits, shared_memory: SharedMemory | None = None
     ) -> None:
         self.catalogue = Catalogue(sources, limits)
+        self.pipelines = Pipelines(limits.pipelines, self.catalogue)
+        self.catalogue.overlays.append(self.pipelines.route)
         self.shared_memory = shared_memory or SharedMemory()
         self.settings = Settings()
         self.started = time.time()
@@ -54,6 +57,7 @@ class Service:
         """Find the models and begin to load them; raises ``serve.repository_unreadable``."""
         self._loop = asyncio.get_running_loop()
         await self.catalogue.start()
+        self.catalogue.route()
         self._tick()
 
     async def stop(self, drain_s: float = 5.0) -> None:
@@ -152,19 +156,27 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether every model that is to be served can be asked."""
-        return self._serving and all(
+        models = (
             version.ready
             for entry in self.catalogue.entries.values()
             if not entry.unloaded
             for version in entry.versions.values()
         )
+        pipelines = (self.pipelines.ready(each) for each in self.pipelines if not each.unloaded)
+        return self._serving and all(models) and all(pipelines)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether a request would be answered; raises ``serve.unknown_model``."""
+        pipeline = self.pipelines.get(name, version)
+        if pipeline is not None:
+            return self.pipelines.ready(pipeline)
         return self.catalogue.find(name, version).ready
 
     async def metadata(self, name: str, version: str = "") -> ModelMetadata:
         """Return what a model takes and gives; an idle one is loaded to find out."""
+        pipeline = self.pipelines.get(name, version)
+        if pipeline is not None:
+            return await self.pipelines.metadata(pipeline)
         live = await self._live(name, version)
         entry = self.catalogue.entries[name]
         served = tuple(sorted(entry.versions, key=newest(list(entry.versions)).index))
@@ -172,17 +184,27 @@ class Service:
 
     async def config(self, name: str, version: str = "") -> dict[str, Any]:
         """Return a model's configuration in the form of Triton's; an idle one is loaded to find out."""
+        pipeline = self.pipelines.get(name, version)
+        if pipeline is not None:
+            return await self.pipelines.config(pipeline)
         return describe.model_config(await self._live(name, version))
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
-        """Return what all models, a model or a version have done; raises ``serve.unknown_model``."""
+        """Return what all models, a model or a version have done; raises ``serve.unknown_model``.
+
+        Without a name pipelines come first; what their steps do, the models count.
+        """
+        pipeline = self.pipelines.get(name, version)
+        if pipeline is not None:
+            return [self.pipelines.statistics(pipeline)]
         if name:
             found = self.catalogue.find(name, version)
             entry = self.catalogue.entries[name]
             versions = [found] if version else list(entry.versions.values())
         else:
             versions = [v for e in self.catalogue.entries.values() for v in e.versions.values()]
-        return [
+        pipelines = [] if name else [self.pipelines.statistics(p) for p in self.pipelines if not p.unloaded]
+        return pipelines + [
             describe.model_statistics(v.candidate.name, v.candidate.version, v.statistics, _last_ms(v))
             for v in versions
         ]
@@ -209,6 +231,8 @@ class Service:
             for text, version in entry.versions.items():
                 state = "READY" if version.ready and not entry.unloaded else version.state
                 lines[entry.name, text] = IndexEntry(entry.name, text, str(state), version.reason)
+        for pipeline in self.pipelines:
+            lines[pipeline.name, ""] = self.pipelines.index(pipeline)
         return [line for line in lines.values() if not ready_only or line.state == "READY"]
 
     async def load(self, name: str, config: str | None = None) -> None:
@@ -217,24 +241,34 @@ class Service:
         Of that the batching is taken. Raises ``serve.unknown_model``, ``serve.bad_request``,
         ``serve.not_ready``.
         """
+        pipeline = self.pipelines.named(name)
+        if pipeline is not None:
+            if config is not None:
+                raise PitheadError("serve.unsupported", "parameters.config: a pipeline has none to change")
+            await self.pipelines.load(pipeline)
+            return
         policy = None if config is None else policy_of(config, self.catalogue.limits.policy)
         await self.catalogue.load(name, policy)
 
     def trace(self, model: str = "") -> dict[str, Any]:
         """Return the settings of tracing; raises ``serve.unknown_model``."""
-        if model:
+        if model and self.pipelines.get(model) is None:
             self.catalogue.find(model, "")
         return self.settings.trace(model)
 
     def change_trace(self, changes: Mapping[str, object], model: str = "") -> dict[str, Any]:
         """Change and return them; raises ``serve.unknown_model``, ``serve.bad_request``."""
-        if model:
+        if model and self.pipelines.get(model) is None:
             self.catalogue.find(model, "")
         return self.settings.change_trace(changes, model)
 
     def unload(self, name: str) -> None:
-        """No longer serve a model; raises ``serve.unknown_model``."""
-        self.catalogue.unload(name)
+        """No longer serve a model or a pipeline; raises ``serve.unknown_model``."""
+        pipeline = self.pipelines.named(name)
+        if pipeline is not None:
+            self.pipelines.unload(pipeline)
+        else:
+            self.catalogue.unload(name)
 
 
 def version() -> str:
@@ -248,8 +282,7 @@ def version() -> str:
 def _last_ms(version: Version) -> int:
     if version.live is None or not version.statistics.successes:
         return 0
-    ago_ns = time.monotonic_ns() - version.live.last_used_ns
-    return time.time_ns() // 1_000_000 - ago_ns // 1_000_000
+    return describe.wall_ms(version.live.last_used_ns)
 
 
 class _Waiter:

@@ -27,6 +27,7 @@ MESSAGES: Final[Table] = {
         "output 6 many ConfigOutput",
         "instance_group 7 many InstanceGroup",
         "dynamic_batching 11 DynamicBatching of scheduling_choice",
+        "ensemble_scheduling 15 Ensemble of scheduling_choice",
         "parameters 14 map ConfigParameter",
         "backend 17 string",
     ),
@@ -46,6 +47,13 @@ MESSAGES: Final[Table] = {
         "preferred_batch_size 1 many int32",
         "max_queue_delay_microseconds 2 uint64",
         "default_queue_policy 6 QueuePolicy",
+    ),
+    "Ensemble": ("step 1 many EnsembleStep",),
+    "EnsembleStep": (
+        "model_name 1 string",
+        "model_version 2 int64",
+        "input_map 3 map string",
+        "output_map 4 map string",
     ),
     "QueuePolicy": (
         "timeout_action 1 TimeoutAction",
