@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -25,8 +25,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent.engine.serve.background import Background
+from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.opening import Opened
-from agent.engine.serve.pipeline_plan import Spec as Pipeline
 from agent.engine.serve.repository import Candidate, Source, newest
 from agent.engine.serve.requests import InferRequest
 from agent.engine.serve.routing import Done, Routed
@@ -62,8 +62,8 @@ class Limits(Struct, frozen=True):
     """For all sessions together; 0: no limit."""
     lazy: bool = False
     """Load nothing before its first request."""
-    pipelines: Mapping[str, Pipeline] = {}
-    """By the name that each is served under."""
+    configuration: Configuration = Configuration()
+    """What ``serve.toml`` says."""
 
 
 class Version:

@@ -144,7 +144,7 @@ async def _main(options: argparse.Namespace) -> None:
 
 
 def _app(options: argparse.Namespace) -> "App":
-    from agent.engine.serve import app, tokens  # noqa: PLC0415 - see _serve
+    from agent.engine.serve import app, configuration, tokens  # noqa: PLC0415 - see _serve
     from agent.engine.serve.catalogue import Limits  # noqa: PLC0415
     from agent.engine.serve.repository import Directory  # noqa: PLC0415
     from agent.engine.serve.runner import Policy  # noqa: PLC0415
@@ -161,6 +161,7 @@ def _app(options: argparse.Namespace) -> "App":
         versions=max(0, options.versions),
         memory_bytes=max(0, options.memory_budget) * _MB,
         lazy=options.lazy,
+        configuration=configuration.read(options.models),
     )
     listen = app.Listen(
         host=options.host,

@@ -11,9 +11,10 @@ from typing import Final
 
 from agent.engine.serve.catalogue import Version
 from agent.engine.serve.http import Server
+from agent.engine.serve.pipeline import VERSION
 from agent.engine.serve.served import Live
 from agent.engine.serve.service import Service
-from agent.engine.serve.statistics import BOUNDS_US
+from agent.engine.serve.statistics import BOUNDS_US, Statistics
 
 _GAUGES: Final[tuple[tuple[str, str, Callable[[Live], int]], ...]] = (
     ("pithead_model_loaded", "1 while a session is in memory.", lambda _: 1),
@@ -41,23 +42,28 @@ def _head(name: str, kind: str, words: str) -> tuple[str, str]:
 
 def _models(service: Service) -> Iterator[str]:
     versions = _versions(service)
-    yield from _counters(versions)
-    yield from _histogram(versions)
+    counted = [(labels, v.statistics) for labels, v in versions]
+    counted += [(_labels(p.name, VERSION), p.statistics) for p in service.pipelines]
+    yield from _counters(counted)
+    yield from _histogram(counted)
     yield from _gauges(versions)
 
 
 def _versions(service: Service) -> list[tuple[str, Version]]:
     return [
-        (f'model="{_escaped(v.candidate.name)}",version="{_escaped(v.candidate.version)}"', v)
+        (_labels(v.candidate.name, v.candidate.version), v)
         for entry in service.catalogue.entries.values()
         for v in entry.versions.values()
     ]
 
 
-def _counters(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
+def _labels(model: str, version: str) -> str:
+    return f'model="{_escaped(model)}",version="{_escaped(version)}"'
+
+
+def _counters(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
     yield from _head("pithead_inference_requests_total", "counter", "Requests by outcome.")
-    for labels, v in versions:
-        s = v.statistics
+    for labels, s in counted:
         for outcome, count in (("success", s.successes), ("failure", s.failures), ("refused", s.refused)):
             yield f'pithead_inference_requests_total{{{labels},outcome="{outcome}"}} {count}'
     for name, words, attribute in (
@@ -65,11 +71,10 @@ def _counters(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
         ("pithead_inference_runs_total", "Runs of the model.", "executions"),
     ):
         yield from _head(name, "counter", words)
-        for labels, v in versions:
-            yield f"{name}{{{labels}}} {getattr(v.statistics, attribute)}"
+        for labels, s in counted:
+            yield f"{name}{{{labels}}} {getattr(s, attribute)}"
     yield from _head("pithead_inference_seconds_total", "counter", "Time of answered requests, by part.")
-    for labels, v in versions:
-        s = v.statistics
+    for labels, s in counted:
         for part, ns in (
             ("queue", s.queue_ns),
             ("input", s.input_ns),
@@ -79,17 +84,17 @@ def _counters(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
             yield f'pithead_inference_seconds_total{{{labels},part="{part}"}} {ns * 1e-9:.9f}'
 
 
-def _histogram(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
+def _histogram(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
     name = "pithead_inference_duration_seconds"
     yield from _head(name, "histogram", "From request to answer, without the protocol.")
-    for labels, v in versions:
+    for labels, s in counted:
         total = 0
-        for bound, count in zip(BOUNDS_US, v.statistics.histogram, strict=False):
+        for bound, count in zip(BOUNDS_US, s.histogram, strict=False):
             total += count
             yield f'{name}_bucket{{{labels},le="{bound / 1e6:g}"}} {total}'
-        yield f'{name}_bucket{{{labels},le="+Inf"}} {v.statistics.successes}'
-        yield f"{name}_sum{{{labels}}} {v.statistics.total_ns * 1e-9:.9f}"
-        yield f"{name}_count{{{labels}}} {v.statistics.successes}"
+        yield f'{name}_bucket{{{labels},le="+Inf"}} {s.successes}'
+        yield f"{name}_sum{{{labels}}} {s.total_ns * 1e-9:.9f}"
+        yield f"{name}_count{{{labels}}} {s.successes}"
 
 
 def _gauges(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:

@@ -42,7 +42,7 @@ class Service:
         self, sources: Sequence[Source], limits: Limits, shared_memory: SharedMemory | None = None
     ) -> None:
         self.catalogue = Catalogue(sources, limits)
-        self.pipelines = Pipelines(limits.pipelines, self.catalogue)
+        self.pipelines = Pipelines(limits.configuration.pipelines, self.catalogue)
         self.catalogue.overlays.append(self.pipelines.route)
         self.shared_memory = shared_memory or SharedMemory()
         self.settings = Settings()
