@@ -93,6 +93,10 @@ class LaneSpec(ModelSpec, frozen=True, omit_defaults=True, kw_only=True):
     fit: FitResult | None = None
     binding: Label = ""
     """What a fit holds for: changes with the source, and when a person asks for another calibration."""
+    sinks: tuple[dict[str, Any], ...] = ()
+    """The lane's ``sinks`` tables; a change of them loads and fits nothing anew."""
+    bypass: str = ""
+    """While this file exists, no control is written."""
 
 
 class ServeSpec(Struct, frozen=True, omit_defaults=True):
@@ -135,6 +139,21 @@ class Hello(Struct, frozen=True, tag="hello"):
     runtimes: dict[str, str]
 
 
+class SinkState(Struct, frozen=True, omit_defaults=True):
+    """A sink of a lane as it is."""
+
+    name: str
+    kind: str
+    state: Literal["starting", "working", "failed", "bypassed"]
+    sent: Count = 0
+    """Messages, or writes of a control, that the other side has taken."""
+    lost: Count = 0
+    """Messages that nobody will get."""
+    waiting: Count = 0
+    code: ErrorCode | None = None
+    detail: Text = ""
+
+
 class LaneState(Struct, frozen=True, omit_defaults=True, tag="lane"):
     """A lane as it is, sent on every change and at least once a second.
 
@@ -157,6 +176,8 @@ class LaneState(Struct, frozen=True, omit_defaults=True, tag="lane"):
     """Of a calibration, 0 to 1."""
     code: ErrorCode | None = None
     detail: Text = ""
+    sinks: tuple[SinkState, ...] = ()
+    """As they were when the state was sent; what ails them is no fault of the lane."""
 
 
 class ServeState(Struct, frozen=True, omit_defaults=True, tag="serve"):

@@ -98,7 +98,9 @@ def read_settings(layout: Layout) -> AgentSettings:
         raise PitheadError("config.invalid", f"{layout.config}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PitheadError("config.invalid", f"{layout.config}: {error}") from error
-    return with_files(parse(overridden(table, os.environ), plugins.kinds), layout.config.parent)
+    return with_files(
+        parse(overridden(table, os.environ), plugins.kinds, plugins.sink_kinds), layout.config.parent
+    )
 
 
 def recalibrate(layout: Layout, lane: str) -> None:

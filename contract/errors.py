@@ -246,6 +246,15 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "A third party's sensor source cannot be used.",
         "Update or remove the distribution that the message names.",
     ),
+    "sink.failed": ErrorSpec(
+        "A sink of a lane failed; the lane goes on.",
+        "Check the other side and the sink's settings; it is tried again by itself.",
+        retryable=True,
+    ),
+    "sink.plugin_broken": ErrorSpec(
+        "A third party's sink cannot be used.",
+        "Update or remove the distribution that the message names.",
+    ),
     "internal.error": ErrorSpec("Something unexpected failed.", "See the log; please report it."),
 }
 

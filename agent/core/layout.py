@@ -91,6 +91,11 @@ class Layout(Struct, frozen=True):
         return self.state_dir / "calibrations" / lane
 
     @property
+    def bypass(self) -> Path:
+        """While it exists, no control of the plant is written by this device. Says who wanted it, and why."""
+        return self.state_dir / "bypass"
+
+    @property
     def outbox(self) -> Path:
         """Records that the control plane has not acknowledged yet."""
         return self.state_dir / "outbox.db"

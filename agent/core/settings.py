@@ -12,6 +12,8 @@ from inference.accelerators import Custom, Resources
 
 SOURCE_KINDS: Final = ("http", "images", "modbus", "mqtt", "opcua", "replay", "sparkplug", "system")
 """Sensor sources of the house; each is a module in ``agent.engine.sources``."""
+SINK_KINDS: Final = ("file", "http", "modbus", "mqtt", "opcua")
+"""Ways out of a lane that the house has; each is a module in ``agent.engine.sinks``."""
 SourceTable = dict[str, str | int | float | bool | list[Any] | dict[str, Any] | None]
 
 
@@ -97,6 +99,8 @@ class Lane(Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     model: Name
     source: SourceTable
+    sinks: tuple[dict[str, Any], ...] = ()
+    """Where results go beside the control plane (docs/sinks.md)."""
 
 
 class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -150,10 +154,15 @@ def overridden(table: Mapping[str, object], environment: Mapping[str, str]) -> d
     return result
 
 
-def parse(table: object, more_kinds: Callable[[], Collection[str]] = tuple) -> AgentSettings:
+def parse(
+    table: object,
+    more_kinds: Callable[[], Collection[str]] = tuple,
+    more_sinks: Callable[[], Collection[str]] = tuple,
+) -> AgentSettings:
     """Return the settings of a decoded TOML table; ``config.invalid`` names the wrong key.
 
-    ``more_kinds`` names the sources of third parties; it is asked only for a kind that the house has not.
+    ``more_kinds`` and ``more_sinks`` name the sources and sinks of third parties; they are asked only for
+    a kind that the house has not.
     """
     try:
         settings = msgspec.convert(table, AgentSettings)
@@ -173,7 +182,21 @@ def parse(table: object, more_kinds: Callable[[], Collection[str]] = tuple) -> A
                 f"agent.toml: lane {lane.name!r} has {said}; there are {', '.join((*SOURCE_KINDS, *more))}",
                 key="source.kind",
             )
+        _check_sinks(lane, more_sinks)
     return settings
+
+
+def _check_sinks(lane: Lane, more_sinks: Callable[[], Collection[str]]) -> None:
+    """Raise ``config.invalid`` for a kind that nobody has."""
+    for place, sink in enumerate(lane.sinks):
+        kind = sink.get("kind")
+        if kind not in SINK_KINDS and kind not in (more := tuple(more_sinks())):
+            raise PitheadError(
+                "config.invalid",
+                f"agent.toml: lane {lane.name!r}: sinks[{place}].kind is {kind!r}; "
+                f"there are {', '.join((*SINK_KINDS, *more))}",
+                key="sinks.kind",
+            )
 
 
 def _check_serve(serve: Serve) -> None:

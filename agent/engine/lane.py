@@ -25,6 +25,7 @@ from agent.engine.feed import Feed, needs
 from agent.engine.loading import Loader, Served, key, load
 from agent.engine.outlet import Outlet
 from agent.engine.report import Reporter
+from agent.engine.sinks.tray import Tray
 from agent.engine.sources.base import TICK_S, Batch
 from agent.ports import FitResult, Fitted, LaneSpec, LaneState
 from contract.errors import PitheadError
@@ -74,7 +75,8 @@ class Lane:
         self._broken: PitheadError | None = None
         """An error of the lane itself."""
         self._feed = Feed(spec.lane, clock)
-        self._report = report or Reporter(spec.lane, bucket_s, outlet, clock)
+        self._sinks = Tray(spec.lane, clock)
+        self._report = report or Reporter(spec.lane, bucket_s, outlet, clock, self._sinks)
         self.rows = 0
         """Taken from the source so far."""
         self._thread = threading.Thread(target=self._run, name=f"lane-{spec.lane}", daemon=True)
@@ -83,21 +85,26 @@ class Lane:
 
     def start(self) -> None:
         """Begin."""
+        self._sinks.configure(self._wanted.sinks, self._wanted.bypass)
         self._thread.start()
 
     def configure(self, spec: LaneSpec, bucket_s: float) -> None:
         """Become ``spec`` as soon as possible."""
         self._wanted, self._bucket_s = spec, bucket_s
+        self._sinks.configure(spec.sinks, spec.bypass)
         self._wake.set()
 
     def stop(self) -> None:
         """End after the batch at hand; ``join`` waits for it."""
         self._stopping = True
+        self._sinks.stop_controls()
         self._wake.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Return whether the lane has ended."""
+        """Return whether the lane has ended; its sinks get what is left of the time."""
+        until = self._clock.mono() + round(timeout_s * 1e6)
         self._thread.join(timeout_s)
+        self._sinks.join((until - self._clock.mono()) / 1e6)
         return not self._thread.is_alive()
 
     @property
@@ -144,6 +151,7 @@ class Lane:
                 self._wake.wait(LONGEST_PAUSE_S)
         self._feed.close()
         self._report.close(self._wanted, self._serving)
+        self._sinks.stop()
         for served in (self._serving, self._candidate):
             if served is not None:
                 self._loader.submit(served.session.close)

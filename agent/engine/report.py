@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.loading import Served
 from agent.engine.outlet import Outlet
+from agent.engine.sinks.tray import Tray
 from agent.engine.sources.base import Batch
 from agent.engine.summary import Bucket, TokenBucket, bucket_start
 from agent.engine.window import Windows
@@ -30,8 +31,12 @@ MOST_EMPTY: Final = 60
 class Reporter:
     """Used by the lane's thread alone."""
 
-    def __init__(self, lane: str, bucket_s: float, outlet: Outlet, clock: Clock) -> None:
+    def __init__(
+        self, lane: str, bucket_s: float, outlet: Outlet, clock: Clock, sinks: Tray | None = None
+    ) -> None:
+        """``sinks`` get what is found and how the lane is, beside the supervisor."""
         self._lane = lane
+        self._sinks = sinks or Tray(lane, clock)
         self._outlet, self._clock = outlet, clock
         self._bucket_s = bucket_s
         self._start = bucket_start(clock.wall(), bucket_s)
@@ -56,7 +61,9 @@ class Reporter:
             good = scored.good
             bucket.errors += len(good) - int(np.count_nonzero(good))
             bucket.add(scored.scores[good], latency_us[good])
-        alarms = self.alarms(served, windows, scored).nonzero()[0]
+        judged = self.alarms(served, windows, scored)
+        self._sinks.scored(served, batch, windows, scored, judged)
+        alarms = judged.nonzero()[0]
         if not len(alarms):
             return
         bucket.alarms += len(alarms)
@@ -104,6 +111,7 @@ class Reporter:
 
     def state(self, state: LaneState) -> None:
         """Send ``state`` if it says something new, or if it is time."""
+        self._sinks.state(state)
         now = self._clock.mono()
         if now - self._state_at < STATE_US and self._state is not None:
             quiet = replace(
@@ -115,7 +123,7 @@ class Reporter:
             facts = {"lane": self._lane, "state": state.state, "digest": state.digest, "code": state.code}
             log.info("lane.state", extra={"facts": facts | {"detail": state.detail}})
         self._state, self._state_at = state, now
-        self._outlet.state(state)
+        self._outlet.state(replace(state, sinks=self._sinks.states()))
 
     def wait_s(self) -> float:
         """Return how long until something is due to be sent."""

@@ -1,7 +1,8 @@
 """Files that the configuration names: found from where it lies, and tags read into it."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct, to_builtins
 from msgspec.structs import replace
@@ -35,11 +36,19 @@ def _found_from(table: _Table, directory: Path) -> _Table:
     return replace(table, **{key: str(directory / path) for key, path in files.items() if path is not None})
 
 
+def _table_from(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Return a source's or sink's table with its files as absolute paths."""
+    return {
+        key: str(directory / value)
+        if (key == "path" or key.endswith("_file")) and isinstance(value, str)
+        else value
+        for key, value in table.items()
+    }
+
+
 def _with_files(lane: Lane, directory: Path) -> Lane:
-    source = dict(lane.source)
-    for key, value in lane.source.items():
-        if (key == "path" or key.endswith("_file")) and isinstance(value, str):
-            source[key] = str(directory / value)
+    lane = replace(lane, sinks=tuple(_table_from(sink, directory) for sink in lane.sinks))
+    source = _table_from(lane.source, directory)
     path = source.pop("tags_file", None)
     if path is None:
         return replace(lane, source=source)

@@ -376,6 +376,8 @@ class World:
             source=source,
             fit=self._fits.get(self._fit_key(model.digest, lane.name, binding)),
             binding=binding,
+            sinks=lane.sinks,
+            bypass=str(self.layout.bypass) if lane.sinks else "",
             **msgspec.structs.asdict(model),
         )
 

@@ -65,7 +65,7 @@ class Connection:
         self._client.on_subscribe = self._granted
         self._client.on_message = self._message
         if broker.tls:
-            self._client.tls_set_context(self._tls(broker))
+            self._client.tls_set_context(tls_context(broker, table, code))
         if broker.credentials_file is not None:
             login = credentials(broker.credentials_file, table, code)
             self._client.username_pw_set(login.username, login.password)
@@ -146,13 +146,13 @@ class Connection:
     def _message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         self._received(message.topic, bytes(message.payload))
 
-    def _tls(self, broker: LocalBroker) -> ssl.SSLContext:
-        try:
-            context = ssl.create_default_context(cafile=broker.ca_file)
-            if broker.certificate_file is not None:
-                context.load_cert_chain(broker.certificate_file, broker.key_file)
-        except (OSError, ssl.SSLError) as error:
-            raise PitheadError(
-                self._code, f"{self._table}: ca_file, certificate_file or key_file: {error}"
-            ) from error
-        return context
+
+def tls_context(broker: LocalBroker, table: str, code: str) -> ssl.SSLContext:
+    """Return TLS as ``broker`` says; an error of ``code`` names the ``table`` whose files are wrong."""
+    try:
+        context = ssl.create_default_context(cafile=broker.ca_file)
+        if broker.certificate_file is not None:
+            context.load_cert_chain(broker.certificate_file, broker.key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise PitheadError(code, f"{table}: ca_file, certificate_file or key_file: {error}") from error
+    return context

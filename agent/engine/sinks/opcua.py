@@ -1,0 +1,207 @@
+"""The alarm in nodes of an OPC UA server.
+
+A node is named as in the source of this kind: ``ns=2;s=Press.Alarm``, or with
+the namespace's own name, ``nsu=urn:plant:press;s=Alarm``. What is written has
+the node's own datatype.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from typing import Annotated, Any, Final, Literal
+
+from msgspec import Meta, Struct
+
+from agent.engine.sinks import library
+from agent.engine.sinks.base import WHERE, Outputs, Table, failed, invalid, settings
+from agent.engine.sources.credentials import credentials
+from agent.engine.sources.opcua import application_uri
+from contract.errors import PitheadError
+
+DISCONNECT_S: Final = 0.5
+WHOLE: Final = {
+    "SByte": (-(2**7), 2**7 - 1),
+    "Byte": (0, 2**8 - 1),
+    "Int16": (-(2**15), 2**15 - 1),
+    "UInt16": (0, 2**16 - 1),
+    "Int32": (-(2**31), 2**31 - 1),
+    "UInt32": (0, 2**32 - 1),
+    "Int64": (-(2**63), 2**63 - 1),
+    "UInt64": (0, 2**64 - 1),
+}
+"""Ranges by the names of OPC UA's own datatypes."""
+NODES: Final = ("alarm", "score", "quality", "heartbeat")
+
+
+class OpcuaSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The sink's own keys."""
+
+    kind: Literal["opcua"]
+    url: Annotated[str, Meta(pattern=r"^opc\.tcp://[^@]+$")]
+    """As ``opc.tcp://host:4840/path``; credentials have a file of their own."""
+    alarm: Annotated[str, Meta(min_length=1)]
+    """Node that gets ``on``, ``off`` or ``safe``."""
+    score: str | None = None
+    """Node that gets the score of the newest window."""
+    score_scale: float = 1.0
+    """The score is multiplied by it, and in a whole number rounded and kept within its range."""
+    quality: str | None = None
+    """Node that is true (1) while the alarm is a judgement made just now."""
+    heartbeat: str | None = None
+    """Node that counts the writes, 0 to 32767, as long as this device is alive and may write."""
+    security_policy: Literal["Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] | None = None
+    security_mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
+    certificate_file: str | None = None
+    key_file: str | None = None
+    server_certificate_file: str | None = None
+    credentials_file: str | None = None
+    """TOML with ``username`` and ``password``."""
+    timeout_s: Annotated[float, Meta(ge=0.1, le=60)] = 4.0
+
+
+SETTINGS: Final = OpcuaSettings
+CONTROL: Final = True
+
+
+class OpcuaSink:
+    """One session. Its event loop runs while something is written, which is at least once a minute."""
+
+    def __init__(self, given: OpcuaSettings) -> None:
+        self._given = given
+        self._name = f"opcua {given.url}"
+        self._library = library("asyncua", "opcua")
+        self._ua = self._library.ua
+        # What goes wrong is said by us, once; the library says much more.
+        logging.getLogger("asyncua").setLevel(logging.CRITICAL)
+        self._loop = asyncio.new_event_loop()
+        self._nodes: dict[str, tuple[Any, Any]] = {}
+        """Node and datatype of each output."""
+        self._client: Any = None
+        try:
+            self._do(self._connect(), 4 * given.timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, outputs: Outputs) -> None:
+        """See ``ControlSink``."""
+        self._do(self._write(outputs), self._given.timeout_s)
+
+    def close(self) -> None:
+        """See ``ControlSink``."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(Exception):
+            self._loop.run_until_complete(self._leave())
+        self._loop.close()
+
+    def _do(self, work: Any, timeout_s: float) -> None:
+        try:
+            self._loop.run_until_complete(asyncio.wait_for(work, timeout_s))
+        except TimeoutError as error:
+            raise failed(self._name, f"no answer in {timeout_s:g} s") from error
+        except (self._ua.UaError, OSError) as error:
+            raise failed(self._name, str(error) or type(error).__name__) from error
+
+    async def _connect(self) -> None:
+        given = self._given
+        client = self._client = self._library.Client(given.url, timeout=given.timeout_s)
+        client.name = client.description = "pithead"
+        if given.credentials_file is not None:
+            login = credentials(given.credentials_file, WHERE, "sink.failed")
+            client.set_user(login.username)
+            client.set_password(login.password)
+        if given.security_policy is not None:
+            await self._secure(client, given.security_policy)
+        await client.connect()
+        for key in NODES:
+            if (address := getattr(given, key)) is not None:
+                self._nodes[key] = await self._node(key, address)
+
+    async def _secure(self, client: Any, policy: str) -> None:
+        given, policies = self._given, library("asyncua.crypto.security_policies", "opcua")
+        try:
+            client.application_uri = application_uri(str(given.certificate_file)) or client.application_uri
+            await client.set_security(
+                getattr(policies, f"SecurityPolicy{policy}"),
+                certificate=given.certificate_file,
+                private_key=given.key_file,
+                server_certificate=given.server_certificate_file,
+                mode=self._ua.MessageSecurityMode[given.security_mode],
+            )
+        except (OSError, ValueError, PitheadError) as error:
+            raise failed(
+                self._name, f"certificate_file, key_file or server_certificate_file: {error}"
+            ) from error
+
+    async def _node(self, key: str, address: str) -> tuple[Any, Any]:
+        text = address
+        try:
+            if text.startswith("nsu="):
+                uri, _, rest = text.removeprefix("nsu=").partition(";")
+                text = f"ns={await self._client.get_namespace_index(uri)};{rest}"
+            node = self._client.get_node(self._ua.NodeId.from_string(text))
+            return node, await node.read_data_type_as_variant_type()
+        except (self._ua.UaError, ValueError) as error:
+            raise failed(self._name, f"{key} {address!r} is no node here: {error}") from error
+
+    async def _write(self, outputs: Outputs) -> None:
+        values: dict[str, float] = {
+            "alarm": outputs.alarm,
+            "quality": float(outputs.quality),
+            "heartbeat": outputs.heartbeat,
+        }
+        if outputs.score is not None and math.isfinite(outputs.score):
+            values["score"] = outputs.score * self._given.score_scale
+        keys = [key for key in NODES if key in self._nodes and key in values]
+        results = await self._client.uaclient.write_attributes(
+            [self._nodes[key][0].nodeid for key in keys],
+            [self._value(key, values[key]) for key in keys],
+            self._ua.AttributeIds.Value,
+        )
+        for key, result in zip(keys, results, strict=True):
+            if not result.is_good():
+                raise failed(self._name, f"{key} {getattr(self._given, key)!r}: {result.name}")
+
+    def _value(self, key: str, value: float) -> Any:
+        datatype = self._nodes[key][1]
+        name, given = datatype.name, value
+        if name == "Boolean":
+            return self._ua.DataValue(self._ua.Variant(bool(given), datatype))
+        if name in WHOLE:
+            low, high = WHOLE[name]
+            return self._ua.DataValue(self._ua.Variant(round(min(max(given, low), high)), datatype))
+        if name in {"Float", "Double"}:
+            return self._ua.DataValue(self._ua.Variant(float(given), datatype))
+        raise failed(self._name, f"{key} {getattr(self._given, key)!r} holds a {name}, no number")
+
+    async def _leave(self) -> None:
+        if self._client is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._client.disconnect(), DISCONNECT_S)
+        tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def check(table: Table, _keys: object) -> None:
+    """Raise ``config.invalid`` for files that are missing, and for one node that two outputs have."""
+    given = settings(table, OpcuaSettings)
+    if given.security_policy is not None:
+        for key in ("certificate_file", "key_file", "server_certificate_file"):
+            if getattr(given, key) is None:
+                raise invalid(key, "is missing: the security policy needs it")
+    taken: dict[str, str] = {}
+    for key in NODES:
+        if (address := getattr(given, key)) is None:
+            continue
+        if address in taken:
+            raise invalid(key, f"is {address!r}, which {taken[address]} is written to")
+        taken[address] = key
+
+
+def open_sink(table: Table) -> OpcuaSink:
+    """Connect and look at the nodes; raises ``sink.failed``."""
+    return OpcuaSink(settings(table, OpcuaSettings))
