@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   pithead-agent probe packages/pump      what each variant costs on each accelerator here
   pithead-agent recalibrate LANE        fit a lane's model to its source anew
   pithead-agent check-source LANE       what the wires of a lane give, beside what its model wants
+  pithead-agent bypass on               write nothing to any control any more, from this moment
 
 SIGTERM and SIGINT end `run` and its engine; SIGHUP ends `run` alone: the
 engine goes on, and the next `run` finds it.
@@ -120,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     wires.add_argument("--json", action="store_true", help="for programs")
     wires.set_defaults(act=_check_source)
 
+    bypass = commands.add_parser(
+        "bypass", parents=[common], help="stop all writes to controls of the plant, or allow them again"
+    )
+    bypass.add_argument("to", choices=["on", "off", "status"], help="on stops them within a second")
+    bypass.add_argument("--why", default="", metavar="TEXT", help="for those who find it on")
+    bypass.set_defaults(act=_bypass)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check what this device needs")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(act=_doctor)
@@ -213,6 +221,16 @@ def _check_source(layout: Layout, options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(("\x1b[J" if live else "") + check.render(seen))
     return 0 if seen.good else 1
+
+
+def _bypass(layout: Layout, options: argparse.Namespace) -> int:
+    from agent import wiring  # noqa: PLC0415 - see above
+    from agent.service import bypass  # noqa: PLC0415
+
+    if options.to != "status":
+        wiring.bypass(layout, on=options.to == "on", why=options.why)
+    sys.stdout.write(f"The bypass is {bypass.render(bypass.read(layout.bypass))}.\n")
+    return 0
 
 
 def _doctor(layout: Layout, options: argparse.Namespace) -> int:

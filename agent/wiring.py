@@ -31,6 +31,7 @@ from agent.identity.record import Identity
 from agent.link import https
 from agent.link.mqtt import BrokerAddress, MqttLink
 from agent.link.tls import DeviceContext
+from agent.service import bypass as bypass_file
 from agent.service.children import Children
 from agent.service.configured_files import with_files
 from agent.service.engine_process import EngineKeeper
@@ -110,6 +111,15 @@ def recalibrate(layout: Layout, lane: str) -> None:
     """
     find_lane(layout, lane)
     durable.write(layout.calibration(lane), str(clock().wall()).encode())
+
+
+def bypass(layout: Layout, *, on: bool, why: str) -> None:
+    """Stop all writes to controls, or allow them again. Raises ``storage.*``."""
+    if not on:
+        bypass_file.switch_off(layout.bypass)
+        return
+    who = os.environ.get("SUDO_USER") or os.environ.get("USER") or f"uid {os.getuid()}"
+    bypass_file.switch_on(layout.bypass, datetime.now(UTC), who, why)
 
 
 def check_source(

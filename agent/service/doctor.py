@@ -17,6 +17,7 @@ from agent.core.settings import AgentSettings
 from agent.identity import certificates, record
 from agent.identity.record import Identity
 from agent.link.https import UpdateServer
+from agent.service import bypass
 from agent.service.status import is_locked
 from contract.errors import PitheadError
 from inference import registry
@@ -56,6 +57,8 @@ def examine(around: Surroundings) -> Iterator[Finding]:
     yield _runtimes()
     yield _sandbox(around.settings)
     yield from _lanes(around.settings)
+    if (found := bypass.read(around.layout.bypass)) is not None:
+        yield Finding("bypass", "warning", bypass.render(found), "pithead-agent bypass off")
     yield _clock(around.now)
     yield _disk(around.layout)
     yield _supervisor(around.layout)
@@ -83,7 +86,7 @@ def _runtimes() -> Finding:
 
 def _lanes(settings: AgentSettings) -> Iterator[Finding]:
     """Check the sources' settings as far as it can be done without opening them."""
-    from agent.engine import sources  # noqa: PLC0415 - numpy stays out of the supervisor
+    from agent.engine import sinks, sources  # noqa: PLC0415 - numpy stays out of the supervisor
 
     for lane in settings.lanes:
         try:
@@ -92,6 +95,14 @@ def _lanes(settings: AgentSettings) -> Iterator[Finding]:
             yield Finding("lane", "failed", f"{lane.name}: {error.detail}", error.remedy)
         else:
             yield Finding("lane", "ok", f"{lane.name}: {lane.source['kind']} for {lane.model}")
+        for place, sink in enumerate(lane.sinks):
+            where = f"{lane.name}: sinks[{place}]"
+            try:
+                sinks.check(sink)
+            except PitheadError as error:
+                yield Finding("sink", "failed", f"{where}: {error.detail}", error.remedy)
+            else:
+                yield Finding("sink", "ok", f"{where}: {sink['kind']}")
 
 
 def _sandbox(settings: AgentSettings) -> Finding:

@@ -17,7 +17,10 @@ from agent.core.plan import Goal, Observed, goals
 from agent.core.slots import Installed, Slots
 from agent.core.standing import standing
 from agent.identity import record
-from agent.ports import LaneState, ServeState
+from agent.ports import LaneState, ServeState, SinkState
+from agent.service.bypass import Bypass
+from agent.service.bypass import read as read_bypass
+from agent.service.bypass import render as render_bypass
 from agent.service.snapshot import Snapshot, read_snapshot
 from agent.service.world import DESIRED
 from agent.store import slots as slot_store
@@ -78,6 +81,8 @@ class Status(Struct, frozen=True, omit_defaults=True):
     update_code: ErrorCode | None = None
     update_detail: str = ""
     serve: ServeState | None = None
+    bypass: Bypass | None = None
+    """Set while nothing is written to any control of the plant."""
     problems: tuple[str, ...] = ()
     """What could not be read, so that nothing is taken for absent that is only hidden."""
 
@@ -126,6 +131,7 @@ def gather(layout: Layout, problems: Sequence[str] = ()) -> Status:
         update_code=None if live is None else live.reported.update_code,
         update_detail="" if live is None else live.reported.update_detail,
         serve=None if live is None else live.serve,
+        bypass=read_bypass(layout.bypass),
         problems=tuple(found_problems),
     )
 
@@ -149,6 +155,8 @@ def render(status: Status) -> str:
     if status.outbox_records is not None:
         lost = "".join(f", {n} {kind} lost" for kind, n in status.outbox_lost.items())
         lines.append(f"outbox      {status.outbox_records} records, {status.outbox_bytes} bytes{lost}")
+    if status.bypass is not None:
+        lines.append(f"bypass      {render_bypass(status.bypass)}")
     if status.serve is not None:
         lines += _render_serve(status.serve)
     for model in status.models:
@@ -195,6 +203,7 @@ def _render_model(model: ModelStatus) -> list[str]:
         lines.append(
             f"  lane      {lane.lane} {lane.state}, {lane.windows} windows, {lane.errors} errors{why}"
         )
+        lines += [_sink(sink) for sink in lane.sinks]
     if model.served is not None:
         s = model.served
         why = f": {s.code} {s.detail}" if s.code else ""
@@ -204,6 +213,12 @@ def _render_model(model: ModelStatus) -> list[str]:
         why = f": {wanted.code} {wanted.detail}" if wanted.code else ""
         lines.append(f"  wanted    {wanted.version} {wanted.role}{rollout}: {wanted.state}{why}")
     return lines
+
+
+def _sink(sink: SinkState) -> str:
+    why = f": {sink.code} {sink.detail}" if sink.code else ""
+    lost = f", {sink.lost} lost" if sink.lost else ""
+    return f"    sink    {sink.name} {sink.state}, {sink.sent} sent{lost}{why}"
 
 
 def _place(place: Place | None) -> str:
