@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := build/packages/.built
 ARGS ?=
 
-.PHONY: help setup system demo test check bench bench-lanes bench-serving bench-serving-grpc docs lock clean
+.PHONY: help setup system demo test check bench bench-lanes bench-serving bench-serving-grpc soak docs lock clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,11 @@ bench-serving: setup  ## Serving beside FastAPI, Triton and MLServer, from envir
 	@./docker/system-packages.sh bench
 	$(BIN)/python benchmarks/bench_serving.py $(ARGS)
 	$(BIN)/python benchmarks/bench_batching.py
+	$(BIN)/python benchmarks/bench_swap.py
+
+soak: setup  ## Thirty minutes of serving under load, with swaps: memory and descriptors stay what they were
+	@./docker/system-packages.sh bench
+	$(BIN)/python benchmarks/bench_swap.py --soak 30 $(ARGS)
 
 bench-serving-grpc: setup  ## Serving over gRPC beside a bare grpc.aio script and Triton
 	@./docker/system-packages.sh bench

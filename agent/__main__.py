@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.core import huge_pages
 from agent.core.layout import Layout
 from contract.errors import PitheadError
 
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 1 when a check failed, 2 for an error."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["serve"]:
+        if arguments is None:
+            huge_pages.begin_again()
         from agent.engine.serve import command  # noqa: PLC0415 - has a parser of its own
 
         return command.main(given[1:])

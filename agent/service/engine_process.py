@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from agent.core import backoff
+from agent.core import backoff, huge_pages
 from agent.core.frames import FrameReader, frame
 from agent.core.layout import Layout
 from agent.ports import FromEngine, Hello, ToEngine, socket_address
@@ -199,6 +199,7 @@ class EngineKeeper:
                 stdout=output,
                 stderr=output,
                 cwd="/",
+                env=huge_pages.environment(os.environ),
                 start_new_session=True,
             )
 
