@@ -84,6 +84,28 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "The sandbox that the configuration requires is not available.",
         "Use a kernel with Landlock, install libseccomp, or do not require the sandbox.",
     ),
+    # --- optimising and importing models
+    "optimise.over_tolerance": ErrorSpec(
+        "A variant loses more accuracy than its tolerance allows; it was not written.",
+        "Use a milder technique, more calibration data, or state a wider tolerance.",
+    ),
+    "optimise.failed": ErrorSpec("A variant of the model could not be made.", "See the detail."),
+    "optimise.tool_missing": ErrorSpec(
+        "A tool that makes variants is not installed.", "Install the package that the message names."
+    ),
+    "import.converter_missing": ErrorSpec(
+        "The converter for this kind of model is not installed.",
+        "Run the command that the message names, or name an interpreter that has it with --python.",
+    ),
+    "import.untrusted": ErrorSpec(
+        "Opening this file runs whatever code is in it.",
+        "Use a format that holds no code, or say that you trust the file.",
+    ),
+    "import.failed": ErrorSpec("The model could not be converted.", "See the detail."),
+    "import.differs": ErrorSpec(
+        "The converted model does not answer as the original does.",
+        "Look at the operators that differ, or state a wider tolerance.",
+    ),
     # --- updates
     "update.metadata_invalid": ErrorSpec(
         "Signed metadata is not valid.", "Check the signatures; the device keeps what it has."
@@ -184,6 +206,10 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "The broker of the plant that requests come by cannot be used.",
         "Check [serve.mqtt] in agent.toml, and that the broker runs.",
         retryable=True,
+    ),
+    "serve.state_unwritable": ErrorSpec(
+        "What was learned from rewards is not on the disk; it holds until the end of the process.",
+        "Make the model directory writable for the server, and see that its disk is not full.",
     ),
     "serve.repository_unreadable": ErrorSpec(
         "The model directory cannot be read as one.", "Correct what the message names."

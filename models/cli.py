@@ -14,7 +14,7 @@ from rich.table import Table
 from contract.errors import PitheadError
 from contract.manifest import Manifest
 from inference.probing import DEFAULT_LIMITS, Limits
-from models import package, shipped
+from models import cli_optimise, package, shipped
 
 app = typer.Typer(
     add_completion=False,
@@ -316,3 +316,6 @@ def _exit(error: PitheadError) -> typer.Exit:
     _errors.print(f"[red]{error.code}[/] ", end="")
     _errors.print(f"{error.detail}\n{error.remedy}", markup=False)
     return typer.Exit(1)
+
+
+cli_optimise.add_to(app, _console, _errors, _exit)

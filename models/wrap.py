@@ -45,7 +45,7 @@ def wrap(
                 "inference.runtime_missing", f"{file.name}: the suffix is none of {list(FORMATS)}"
             )
         taken = {v.name for v in variants}
-        variant, parts = _variant(file, len(files) - i, taken, inputs, require_sandbox=require_sandbox)
+        variant, parts = variant_of(file, len(files) - i, taken, inputs, require_sandbox=require_sandbox)
         variants.append(variant)
         contents |= parts
     manifest = Manifest(
@@ -63,9 +63,13 @@ def wrap(
     return manifest
 
 
-def _variant(
+def variant_of(
     file: Path, preference: int, taken: set[str], inputs: Path | None, *, require_sandbox: bool
 ) -> tuple[Variant, dict[str, bytes]]:
+    """Return the variant that a file becomes, under a name that is not ``taken``, and its files.
+
+    Raises as ``recorded`` does.
+    """
     content = registry.read_file(file)
     model_format = FORMATS[file.suffix]
     seen = recorded(
