@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.core import huge_pages
+from agent import huge_pages
 from agent.core.layout import Layout
 from contract.errors import PitheadError
 

@@ -17,7 +17,8 @@ from typing import Final
 
 import msgspec
 
-from agent.core import backoff, huge_pages
+from agent import huge_pages
+from agent.core import backoff
 from agent.core.frames import FrameReader, frame
 from agent.core.layout import Layout
 from agent.ports import FromEngine, Hello, ToEngine, socket_address

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.huge_pages import VARIABLE, environment
+from agent.huge_pages import VARIABLE, environment
 
 
 @pytest.mark.parametrize(
