@@ -342,7 +342,7 @@ def test_updates_come_without_the_broker_and_service_goes_on_without_the_server(
     finally:
         plant.start_control_plane()
     wait_until(lambda: device.serves("1.0.0", 1), "what was wanted meanwhile", 60)
-    wait_until(lambda: device.live()["outbox"]["records"] <= 5, "the outbox to empty", 60)
+    wait_until(lambda: device.live()["outbox"]["records"] <= 5, "the outbox to empty", 150)
 
 
 def test_only_one_supervisor_runs(serving: Device):
