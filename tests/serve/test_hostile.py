@@ -3,10 +3,11 @@
 import gzip
 import http.client
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -273,3 +274,49 @@ def test_statistics_stay_small_whatever_sizes_come(served: Served):
     runs = sum(each["compute_infer"]["count"] for each in stats["batch_stats"])
     assert runs == stats["execution_count"]
     assert stats["inference_stats"]["success"]["count"] - before["inference_stats"]["success"]["count"] == 399
+
+
+def put(directory: Path, name: str, content: bytes) -> None:
+    (directory / "new").write_bytes(content)
+    (directory / "new").rename(directory / name)
+
+
+def test_a_load_that_finds_another_under_way_serves_what_is_there_now(
+    starts: Callable[..., Served], tmp_path: Path
+):
+    """Whoever replaces a file and asks for it is not told that all is well while the one before it serves."""
+    directory = tmp_path / "models"
+    directory.mkdir()
+    put(directory, "m.onnx", models.autoencoder(0))
+    served = starts(directory)
+    until(served.ready, "it is loaded")
+    # Bytes that nobody has tried take a while, since they go through the sandbox first.
+    put(directory, "m.onnx", models.autoencoder(int(time.time())))
+    former = threading.Thread(target=served.ask, args=("POST", "/v2/repository/models/m/load"))
+    former.start()
+    until(lambda: children(served), "the sandbox has begun")
+    put(directory, "m.onnx", models.autoencoder(0))
+    answer = served.ask("POST", "/v2/repository/models/m/load")
+    former.join()
+    assert answer.status == 200, answer.body
+    x = np.ones((1, models.WIDTH), np.float32)
+    got = served.infer("m", {"inputs": [tensor("input", "FP32", x)]}).array()
+    served.stop()
+    again = starts(directory)
+    until(again.ready, "it is loaded")
+    assert np.array_equal(got, again.infer("m", {"inputs": [tensor("input", "FP32", x)]}).array())
+
+
+def children(served: Served) -> str:
+    return Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text() or "".join(
+        task.read_text() for task in Path(f"/proc/{served.process.pid}/task").glob("*/children")
+    )
+
+
+def test_what_is_no_file_is_not_opened(starts: Callable[..., Served], tmp_path: Path):
+    (tmp_path / "m.onnx").write_bytes(models.autoencoder(0))
+    os.mkfifo(tmp_path / "pipe.onnx")  # who opens it waits for somebody to write
+    served = starts(tmp_path)
+    until(served.ready, "the model is loaded", 10)
+    assert served.ask("POST", "/v2/repository/models/pipe/load").status == 404
+    assert served.ask("POST", "/v2/repository/models/m/load").status == 200
