@@ -5,6 +5,7 @@ every size, since each one steers a read.
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -91,6 +92,7 @@ class Encoded(NamedTuple):
 _JSON_ONLY: Final = Wish(binary=False, by_name={})
 _ALL_BINARY: Final = Wish(binary=True, by_name={})
 
+_size: Final = attrgetter("size")
 _decoder: Final = msgspec.json.Decoder(_Body)
 _encoder: Final = msgspec.json.Encoder()
 
@@ -231,6 +233,8 @@ def takes_long(response: InferResponse, wish: Wish) -> bool:
 
     Raises ``serve.too_large`` where there are more than JSON should be used for.
     """
+    if sum(map(_size, response.outputs.values())) <= tensors.AT_ONCE // 4:
+        return False
     numbers = 0
     for name, array in response.outputs.items():
         if response.written is not None and name in response.written:

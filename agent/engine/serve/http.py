@@ -66,7 +66,7 @@ class Request:
         self.body: bytes | bytearray = b""
         self.size = 0
         """Bytes of the body as they came."""
-        self.head_only = method == b"HEAD"
+        self.head_only = False
         """Its answer is that to GET, without the body."""
         self.keep_alive = True
         self.peer = peer
@@ -283,8 +283,7 @@ class Connection(asyncio.Protocol):
         """One header; of several of one name the last counts. What trails a body is passed over."""
         self._header_bytes += len(name) + len(value)
         headers = self._headers
-        if not self._headers_done:
-            headers[name.lower()] = value
+        headers[name.lower()] = value
         if self._header_bytes > self._server.limits.header_bytes or len(headers) > MAX_HEADERS:
             self._refuse(431, "too many headers")
 
@@ -299,10 +298,12 @@ class Connection(asyncio.Protocol):
             if length > limits.body_bytes:
                 self._refuse(413, f"the body has {length} bytes, at most {limits.body_bytes} are taken")
                 return
-            if not self._server.make_room(length):
+            if self._server.held + length > self._server.most_held and not self._server.make_room(length):
                 self._refuse(503, "too many bodies are not answered yet")
                 return
-        elif b"transfer-encoding" not in headers:
+        elif b"transfer-encoding" in headers:
+            self._headers = _Complete(headers)
+        else:
             return
         if not self._busy:
             self.deadline = time.monotonic() + self._server.limits.body_s
@@ -323,7 +324,7 @@ class Connection(asyncio.Protocol):
         server.held += len(body)
         if self._received > server.limits.body_bytes:
             self._refuse(413, f"at most {server.limits.body_bytes} bytes of body are taken")
-        elif not server.make_room(0):
+        elif server.held > server.most_held and not server.make_room(0):
             self._refuse(503, "too many bodies are not answered yet")
 
     def on_message_complete(self) -> None:
@@ -339,8 +340,8 @@ class Connection(asyncio.Protocol):
         if target[:1] != b"/" and b"://" in target:
             target = b"/" + target.partition(b"://")[2].partition(b"/")[2]  # in absolute form, as to a proxy
         request = Request(method, target, self._headers, self._peer)
-        if request.head_only:
-            request.method = b"GET"
+        if method == b"HEAD":
+            request.head_only, request.method = True, b"GET"
         request.keep_alive = parser.should_keep_alive()
         if b"connection" in self._headers and parser.get_http_version() == "1.0":
             request.keep_alive = False
@@ -471,6 +472,13 @@ class Connection(asyncio.Protocol):
         self._server.held -= self._received
         self._received = 0
         self._body = None
+
+
+class _Complete(dict[bytes, bytes]):
+    """Headers to which what trails a chunked body adds nothing (RFC 9110, 6.5.1)."""
+
+    def __setitem__(self, name: bytes, value: bytes) -> None:
+        """Leave it out."""
 
 
 class _Respond:

@@ -132,8 +132,9 @@ class Rest:
             try:
                 if codec.takes_long(answer, wish):
                     self._later(request, self._encode_large(answer, wish, accept, respond), respond)
-                else:
-                    self._give(*self._headers.encode(answer, wish), accept, respond)
+                    return
+                body, header_length = self._headers.encode(answer, wish)
+                self._give(body, header_length, accept, respond)
             except PitheadError as error:
                 respond(refused(error))
             except Exception:

@@ -136,7 +136,9 @@ class Runner:
         Raises ``serve.overloaded`` when it cannot begin in time.
         """
         queue_ = self._queue
-        short = self.inline and not self._running and self._is_short(job.rows, large=job.large)
+        short = (
+            self.inline and not self._running and not job.large and job.rows * self._row_s <= INLINE_BATCH_S
+        )
         if short and not queue_ and (not self.batches or self._alone()):
             self._run_inline([job])
             return
@@ -206,14 +208,11 @@ class Runner:
             if not batch:
                 continue
             rows = sum(job.rows for job in batch)
-            if self.inline and self._is_short(rows, large=batch[0].large):
+            if self.inline and not batch[0].large and rows * self._row_s <= INLINE_BATCH_S:
                 self._run_inline(batch)
             else:
                 self._hand_over(batch)
                 self._prefetch()
-
-    def _is_short(self, rows: int, *, large: bool) -> bool:
-        return not large and rows * self._row_s <= INLINE_BATCH_S
 
     def _run_inline(self, batch: list[Job]) -> None:
         start = time.monotonic_ns()

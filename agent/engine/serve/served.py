@@ -112,7 +112,8 @@ class Live:
         wanted = self._wanted(request)
         timeout = request.timeout_us * 1000 if request.timeout_us else self._timeout_ns
         job = Job(inputs, rows, key, request.priority, began + timeout, (request, wanted, real, done, began))
-        job.large = self._plain > 0 and sum(array.size for array in inputs.values()) > LARGER * self._plain
+        if self._plain:
+            job.large = sum(array.size for array in inputs.values()) > LARGER * self._plain
         self.in_flight += 1
         self.last_used_ns = began
         try:
