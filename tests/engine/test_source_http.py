@@ -131,6 +131,7 @@ def test_rows_that_should_have_come_between_are_lost_and_break_the_window(pusher
         (b'{"values": {"a": 1' + b"0" * 400 + b"}}", "is not a number"),
         (b'{"t": 1700000000, "values": [1,2,3]}', "count microseconds since 1970"),
         (b'{"t": 4102444800000000, "values": [1,2,3]}', "s ahead of this device's clock"),
+        (b'{"t": 1' + b"0" * 400 + b', "values": [1,2,3]}', "s ahead of this device's clock"),
         (b'{"t": "yesterday", "values": [1,2,3]}', "is not RFC 3339"),
         (b'{"t": "2026-01-01T00:00:00", "values": [1,2,3]}', "has no time zone"),
         (b'{"t": [], "values": [1,2,3]}', "`$.t`"),

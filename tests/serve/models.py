@@ -152,6 +152,42 @@ def gather() -> bytes:
     )
 
 
+def loop() -> bytes:
+    """Counts to ``n``, INT64 [1], which its input says: a run may take for ever."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Add", ["a", "one"], ["b"])],
+        "body",
+        [
+            _value("i", TensorProto.INT64, []),
+            _value("on", TensorProto.BOOL, []),
+            _value("a", TensorProto.FLOAT, [1]),
+        ],
+        [_value("still", TensorProto.BOOL, []), _value("b", TensorProto.FLOAT, [1])],
+        [numpy_helper.from_array(np.ones(1, np.float32), "one")],
+    )
+    return _save(
+        [
+            helper.make_node("Squeeze", ["n"], ["count"]),
+            helper.make_node("Loop", ["count", "", "zero"], ["y"], body=body),
+        ],
+        [_value("n", TensorProto.INT64, [1])],
+        [_value("y", TensorProto.FLOAT, [1])],
+        (numpy_helper.from_array(np.zeros(1, np.float32), "zero"),),
+    )
+
+
+def products() -> bytes:
+    """All rows with all rows, FP32 [-1, 4]: its time and its answer grow with the square of its input."""
+    return _save(
+        [
+            helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "t"], ["y"]),
+        ],
+        [_value("x", TensorProto.FLOAT, ["n", 4])],
+        [_value("y", TensorProto.FLOAT, ["n", "m"])],
+    )
+
+
 def write(directory: Path) -> Path:
     """Write them all: bare files, and Triton's layout."""
     directory.mkdir(parents=True, exist_ok=True)

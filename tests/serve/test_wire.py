@@ -135,13 +135,55 @@ def test_what_is_not_http_is_told_so_and_let_go(shared: Served, raw: bytes, code
     assert shared.get("/v2/health/live").status == 200
 
 
-def test_an_upgrade_is_passed_over(shared: Served):
+WISH = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+def test_an_upgrade_is_passed_over_and_its_body_is_not(shared: Served):
+    """As Java's client and ``curl --http2`` send it."""
+    get = LIVE.replace(b"\r\n\r\n", b"\r\n" + WISH + b"\r\n")
+    posts = [
+        infer_request(chunked=chunked).replace(b"Host: x\r\n", b"Host: x\r\n" + WISH)
+        for chunked in (False, True)
+    ]
+    last = LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    with connect(shared) as sock:
+        sock.sendall(get + b"".join(posts) + last)
+        answer = receive(sock)
+    assert answer.count(b"HTTP/1.1 200") == 4, answer
+    assert answer.count(b"HTTP/1.1 ") == 4
+
+
+def test_an_upgrade_byte_by_byte(shared: Served):
+    with connect(shared) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in infer_request().replace(b"Host: x\r\n", b"Host: x\r\n" + WISH):
+            sock.sendall(bytes([byte]))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_the_answer_to_head_has_no_body(shared: Served):
     with connect(shared) as sock:
         sock.sendall(
-            b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\nPRI * HTTP/2.0"
+            LIVE.replace(b"GET", b"HEAD") + LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         )
-        answer = receive(sock)
-    assert (status(answer), b"connection: close" in answer) == (200, True)
+        first, second, body = receive(sock).split(b"\r\n\r\n")
+    assert (status(first), status(second)) == (200, 200)
+    assert b"content-length: 13" in first
+    assert body == b'{"live":true}'
+
+
+def test_a_target_in_absolute_form(shared: Served):
+    with connect(shared) as sock:
+        sock.sendall(LIVE.replace(b" /v2", b" http://x/v2"))
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_what_trails_a_body_is_no_header(shared: Served):
+    request = infer_request(chunked=True)
+    assert request.endswith(b"0\r\n\r\n")
+    with connect(shared) as sock:
+        sock.sendall(request[:-2] + b"Content-Encoding: br\r\nInference-Header-Content-Length: 1\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_what_follows_a_broken_request_is_not_answered(shared: Served):

@@ -79,6 +79,8 @@ class Version:
         self.policy: Policy | None = None
         """Set by the configuration of a load request."""
         self.loading: asyncio.Task[PitheadError | None] | None = None
+        self.tried = ""
+        """The identity of what is, or was, being loaded."""
 
     @property
     def ready(self) -> bool:
@@ -211,10 +213,17 @@ class Catalogue:
             changed = live is None or live.candidate.identity != current.identity or policy is not None
             version.candidate = current
             if changed:
-                tasks.append(self._begin(entry, version))
+                tasks.append(self._load_anew(entry, version))
         for error in await asyncio.gather(*tasks):
             if error is not None:
                 raise PitheadError("serve.not_ready", f"{name}: {error}", model=name)
+
+    async def _load_anew(self, entry: Entry, version: Version) -> PitheadError | None:
+        """Load what is there now; a load that is under way may have begun with the bytes before."""
+        running = version.loading
+        if running is not None and not running.done() and version.tried != version.candidate.identity:
+            await asyncio.wait({running})
+        return await asyncio.shield(self._begin(entry, version))
 
     def unload(self, name: str) -> None:
         """No longer serve a model; what was admitted is answered. Raises ``serve.unknown_model``."""
@@ -249,6 +258,7 @@ class Catalogue:
         if version.loading is None or version.loading.done():
             if version.live is None:
                 version.state = State.LOADING
+            version.tried = version.candidate.identity
             version.loading = asyncio.create_task(self._load(entry, version))
             self._tasks.add(version.loading)
             version.loading.add_done_callback(self._tasks.discard)

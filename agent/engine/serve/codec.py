@@ -5,6 +5,7 @@ every size, since each one steers a read.
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -25,6 +26,8 @@ from contract.errors import PitheadError
 MAX_TENSORS: Final = 256
 MAX_JSON: Final = 32 * 1024 * 1024
 """JSON is decoded in one go while everybody waits."""
+MAX_NUMBERS: Final = 2**21
+"""Of an answer in JSON: they are written in one go too."""
 MAX_ID: Final = 1024
 _MAX_INTEGER: Final = 2**62
 _MAX_DIGITS: Final = 12
@@ -89,16 +92,17 @@ class Encoded(NamedTuple):
 _JSON_ONLY: Final = Wish(binary=False, by_name={})
 _ALL_BINARY: Final = Wish(binary=True, by_name={})
 
+_size: Final = attrgetter("size")
 _decoder: Final = msgspec.json.Decoder(_Body)
 _encoder: Final = msgspec.json.Encoder()
 
 
 def decode(
-    model: str, version: str, body: bytes | bytearray, header: bytes | None
+    model: str, version: str, body: bytes | bytearray, header: bytes | None, *, at_once: bool = False
 ) -> tuple[InferRequest, Wish]:
     """Return the request; ``header`` is ``Inference-Header-Content-Length`` as it came.
 
-    Raises ``serve.bad_request`` with the field.
+    Raises ``serve.bad_request`` with the field, and ``TooMuchAtOnceError`` where it has to be ``at_once``.
     """
     data = memoryview(body)
     length = len(data) if header is None else _length(header, len(data))
@@ -106,6 +110,8 @@ def decode(
         raise PitheadError(
             "serve.too_large", f"the JSON part is {length} bytes, at most {MAX_JSON} are taken"
         )
+    if at_once and length > tensors.AT_ONCE:
+        raise tensors.TooMuchAtOnceError
     try:
         said = _decoder.decode(data[:length])
     except msgspec.ValidationError as error:
@@ -117,6 +123,8 @@ def decode(
     if len(said.id) > MAX_ID:
         raise refuse("id", f"is longer than {MAX_ID}")
     request = InferRequest(model, {}, version, said.id)
+    if at_once and len(data) > tensors.AT_ONCE and any(t.datatype == "BYTES" for t in said.inputs):
+        raise tensors.TooMuchAtOnceError
     _take_inputs(request, said.inputs, data, length)
     wish = _take_parameters(request, said.parameters)
     if said.outputs:
@@ -218,6 +226,27 @@ def _take_outputs(request: InferRequest, outputs: list[_Output], wish: Wish) -> 
         wanted.append(RequestedOutput(output.name, classes, _region(parameters, field)))
     request.outputs = tuple(wanted)
     return Wish(wish.binary, by_name)
+
+
+def takes_long(response: InferResponse, wish: Wish) -> bool:
+    """Whether the answer has so many numbers in JSON, or texts, that nobody should wait for it.
+
+    Raises ``serve.too_large`` where there are more than JSON should be used for.
+    """
+    if sum(map(_size, response.outputs.values())) <= tensors.AT_ONCE // 4:
+        return False
+    numbers = 0
+    for name, array in response.outputs.items():
+        if response.written is not None and name in response.written:
+            continue
+        if array.dtype == tensors.TEXT or not wish.by_name.get(name, wish.binary):
+            numbers += array.size
+    if numbers > MAX_NUMBERS:
+        raise PitheadError(
+            "serve.too_large",
+            f"the answer has {numbers} values: ask for binary_data_output, {MAX_NUMBERS} are given in JSON",
+        )
+    return numbers > tensors.AT_ONCE // 4
 
 
 def encode(response: InferResponse, wish: Wish) -> Encoded:

@@ -141,6 +141,10 @@ async def _main(options: argparse.Namespace) -> None:
         await stop.wait()
     finally:
         await app.stop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Whoever asks twice must not turn an orderly end into a killed process.
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _app(options: argparse.Namespace) -> "App":

@@ -12,7 +12,7 @@ _GZIP: Final = 16 + zlib.MAX_WBITS
 
 
 def inflate(body: bytes | bytearray, encoding: bytes, most: int) -> bytes:
-    """Return the decoded body.
+    """Return the decoded body, of at most ``most`` bytes.
 
     Raises ``serve.unsupported_encoding``, ``serve.too_large``, ``serve.bad_request``.
     """

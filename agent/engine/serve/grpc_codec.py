@@ -66,8 +66,12 @@ class Wish(NamedTuple):
 RAW: Final = Wish()
 
 
-def decode(data: bytes) -> tuple[InferRequest, Wish]:
-    """Return the request; raises ``serve.bad_request`` with the field."""
+def decode(data: bytes, *, at_once: bool = False) -> tuple[InferRequest, Wish]:
+    """Return the request; raises ``serve.bad_request`` with the field.
+
+    Raises ``TooMuchAtOnceError`` where it has to be ``at_once``.
+    """
+    large = len(data) > tensors.AT_ONCE
     try:
         said = _Request.FromString(data)
     except DecodeError as error:
@@ -80,6 +84,8 @@ def decode(data: bytes) -> tuple[InferRequest, Wish]:
     inputs, outputs = said.inputs, said.outputs
     if len(inputs) > MAX_TENSORS or len(outputs) > MAX_TENSORS:
         raise refuse("inputs", f"more than {MAX_TENSORS} tensors")
+    if at_once and large and any(t.datatype == "BYTES" or t.HasField("contents") for t in inputs):
+        raise tensors.TooMuchAtOnceError
     request = InferRequest(name, {}, said.model_version, identity)
     _take_inputs(request, inputs, said.raw_input_contents)
     wish = _take_parameters(request, said.parameters) if said.parameters else RAW
@@ -138,6 +144,7 @@ def _typed(datatype: str, shape: tuple[int, ...], contents: Wire, field: str) ->
         raise refuse(field, f"has {len(values)} values, the shape {list(shape)} holds {count}")
     dtype = tensors.DTYPE[datatype]
     if dtype == tensors.TEXT:
+        tensors.check_texts(count, field)
         texts = np.empty(count, tensors.TEXT)
         texts[:] = list(values)
         return texts.reshape(shape)

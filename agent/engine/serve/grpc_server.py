@@ -29,7 +29,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from msgspec import Struct
 
-from agent.engine.serve import http
+from agent.engine.serve import grpc_codec, http, tensors
 from agent.engine.serve.grpc_calls import Call, Calls, status_of, words_of
 from agent.engine.serve.grpc_stream import Stream
 from agent.engine.serve.grpc_templates import Templates
@@ -50,6 +50,8 @@ PING_S: Final = 30
 PING_TIMEOUT_S: Final = 20
 MIN_PING_S: Final = 5
 """Clients may ping so often; the library's default of 300 would cut off many a client's default."""
+LARGE: Final = 16 * 1024
+"""Bytes; smaller messages are bounded by their number."""
 _INFER: Final = f"/{SERVICE}/ModelInfer"
 _STREAM: Final = f"/{SERVICE}/ModelStreamInfer"
 _STRICT: Final = ("triton_grpc_error", "true")
@@ -114,6 +116,9 @@ class _Handlers:
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending = False
         self._templates = Templates()
+        self._held = 0
+        """Bytes of messages, and of their answers, whose calls have not ended."""
+        self._most_held = max(limits.all_bodies_bytes, limits.body_bytes)
         self._calls = {path: self._unary(self._acts(call)) for path, call in Calls(service).by_path.items()}
         self._calls[_INFER] = self._unary(self._infer)
         self._calls[_STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
@@ -143,7 +148,10 @@ class _Handlers:
         async def handle(_messages: Any, context: Any) -> bytes:
             task = asyncio.current_task(self._loop)
             try:
-                answer = await work(await self._message(context, task), context)
+                data = await self._message(context, task)
+                self._hold(context, len(data))
+                answer = await work(data, context)
+                self._hold(context, len(answer))
             except PitheadError as error:
                 refused = error
             except Exception as error:
@@ -173,8 +181,24 @@ class _Handlers:
             raise PitheadError("serve.bad_request", "there is no message")
         return data
 
+    def _hold(self, context: Any, size: int) -> None:
+        """Count large bytes until the call has ended, when its answer has been read or given up."""
+        if size < LARGE:
+            return
+        if self._held + size > self._most_held:
+            raise PitheadError("serve.overloaded", "too many messages are not answered or read yet")
+        self._held += size
+
+        def ended(_context: Any) -> None:
+            self._held -= size
+
+        context.add_done_callback(ended)
+
     async def _infer(self, data: bytes, context: Any) -> bytes:
-        request, wish = self._templates.decode(data)
+        try:
+            request, wish = self._templates.decode(data)
+        except tensors.TooMuchAtOnceError:
+            request, wish = await self._loop.run_in_executor(None, grpc_codec.decode, data)
         self._hurry(request, context)
         return self._templates.encode(await self._service.infer(request), wish)
 

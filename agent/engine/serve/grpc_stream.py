@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import grpc
 
-from agent.engine.serve import grpc_codec
+from agent.engine.serve import grpc_codec, tensors
 from agent.engine.serve.grpc_calls import words_of
 from agent.engine.serve.grpc_codec import RAW, Wish
 from agent.engine.serve.requests import InferResponse
@@ -66,9 +66,9 @@ class Stream:
     async def _read(self) -> None:
         while (data := await self._context.read()) is not grpc.aio.EOF:
             await self._room.acquire()
-            self._asked.put_nowait(self._ask(data))
+            self._asked.put_nowait(await self._ask(data))
 
-    def _ask(self, data: bytes) -> _Asked:
+    async def _ask(self, data: bytes) -> _Asked:
         future: asyncio.Future[InferResponse | PitheadError] = self._loop.create_future()
 
         def done(answer: InferResponse | PitheadError) -> None:
@@ -76,7 +76,10 @@ class Stream:
                 future.set_result(answer)
 
         try:
-            request, wish = grpc_codec.decode(data)
+            try:
+                request, wish = grpc_codec.decode(data, at_once=True)
+            except tensors.TooMuchAtOnceError:
+                request, wish = await self._loop.run_in_executor(None, grpc_codec.decode, data)
         except PitheadError as error:
             done(error)
             return _Asked(future, RAW, grpc_codec.identity_of(data))

@@ -17,6 +17,8 @@ from agent.engine.serve.requests import NO_PARAMETERS, InferRequest, InferRespon
 MOST: Final = 256
 LONGEST: Final = 2048
 """Bytes before the tensor."""
+LARGEST: Final = 64 * 1024
+"""Bytes of the tensor: beside a larger one the rest costs nothing."""
 _RAW_INPUT: Final = 7
 _RAW_OUTPUT: Final = 6
 _BYTES: Final = 2
@@ -46,7 +48,7 @@ class Templates:
         self._answers: dict[tuple[Any, ...], list[bytes]] = {}
 
     def decode(self, data: bytes) -> tuple[InferRequest, Wish]:
-        """Return what ``grpc_codec.decode`` returns."""
+        """Return what ``grpc_codec.decode`` returns; raises ``TooMuchAtOnceError`` as it does."""
         known = self._requests.get(len(data))
         if known is None or not data.startswith(known.head):
             return self._learn(data)
@@ -67,7 +69,9 @@ class Templates:
         return request, known.wish
 
     def _learn(self, data: bytes) -> tuple[InferRequest, Wish]:
-        request, wish = grpc_codec.decode(data)
+        request, wish = grpc_codec.decode(data, at_once=True)
+        if len(data) > LONGEST + LARGEST:
+            return request, wish
         if not request.id and request.shared is None and len(request.inputs) == 1:
             said = _Request.FromString(data)
             raw = said.raw_input_contents[0] if said.raw_input_contents else b""

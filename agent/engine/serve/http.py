@@ -41,7 +41,7 @@ class Limits(Struct, frozen=True):
     header_bytes: int = 32 * 1024
     body_bytes: int = 64 * 1024 * 1024
     all_bodies_bytes: int = 256 * 1024 * 1024
-    """Bodies that are being received, of all connections together."""
+    """Of all connections together: bodies until they are answered, and answers that nobody reads."""
     header_s: float = 10.0
     """From a request's first byte to the end of its headers."""
     body_s: float = 60.0
@@ -55,7 +55,7 @@ class Limits(Struct, frozen=True):
 class Request:
     """A request that has arrived whole."""
 
-    __slots__ = ("body", "headers", "keep_alive", "method", "peer", "target")
+    __slots__ = ("body", "head_only", "headers", "keep_alive", "method", "peer", "size", "target")
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], peer: str) -> None:
         self.method = method
@@ -64,6 +64,10 @@ class Request:
         self.headers = headers
         """By name in lower case."""
         self.body: bytes | bytearray = b""
+        self.size = 0
+        """Bytes of the body as they came."""
+        self.head_only = False
+        """Its answer is that to GET, without the body."""
         self.keep_alive = True
         self.peer = peer
 
@@ -92,15 +96,16 @@ class Server:
 
     def __init__(self, handler: Handler, refusal: Refusal, limits: Limits) -> None:
         self.handler, self.refusal, self.limits = handler, refusal, limits
+        self.most_held = max(limits.all_bodies_bytes, limits.body_bytes)
         self.connections: set[Connection] = set()
-        self.receiving = 0
-        """Bytes of bodies that are not complete."""
+        self.held = 0
+        """Bytes of bodies that are not answered, and of answers that nobody reads."""
         self.statuses: dict[int, int] = {}
         """Answers by status."""
         self.turned_away = 0
         self.date = b""
         self.stopping = False
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep()
 
@@ -121,22 +126,31 @@ class Server:
         if self._timer is not None:
             self._timer.cancel()
 
+    def make_room(self, size: int, but: "Connection | None" = None) -> bool:
+        """Return whether ``size`` more bytes can be held; who leaves most unread makes room for others."""
+        while self.held + size > self.most_held:
+            unread = [c for c in self.connections if c.unread_bytes and c is not but]
+            if not unread:
+                return False
+            max(unread, key=lambda c: c.unread_bytes).abort()
+        return True
+
     def _sweep(self) -> None:
         now = time.monotonic()
         self.date = b"date: " + formatdate(usegmt=True).encode() + b"\r\n"
         for connection in list(self.connections):
             if now > connection.deadline:
                 connection.overdue(now)
-        self._timer = self._loop.call_later(SWEEP_S, self._sweep)
+        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
 
 
 class Connection(asyncio.Protocol):
     """One client. Its deadline is the next moment at which it has to have done something."""
 
     __slots__ = (
-        "_body", "_busy", "_closing", "_deaf", "_header_bytes", "_headers", "_in_message", "_paused",
-        "_peer", "_pumping", "_queue", "_received", "_refused", "_server", "_target", "_transport",
-        "_unread", "deadline", "parser",
+        "_body", "_busy", "_closing", "_deaf", "_header_bytes", "_headers", "_headers_done", "_in_message",
+        "_paused", "_peer", "_pumping", "_queue", "_received", "_refused", "_server", "_target",
+        "_transport", "_unread", "deadline", "parser", "unread_bytes",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -148,6 +162,7 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
         self._header_bytes = 0
+        self._headers_done = False
         self._body: bytes | bytearray | None = None
         self._received = 0
         self._in_message = False
@@ -155,6 +170,8 @@ class Connection(asyncio.Protocol):
         self._pumping = False
         self._paused = False
         self._unread = False
+        self.unread_bytes = 0
+        """Of its answers, that are not in the socket."""
         self._closing = False
         self._deaf = False
         self._refused: Response | None = None
@@ -180,23 +197,44 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's signature
         """It is gone; what it waits for is answered into the void."""
         self._closing = True
+        for request in self._queue:
+            self._server.held -= request.size
         self._queue.clear()
         self._forget_body()
+        self._account(0)
         self._server.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
         if self._closing or self._deaf or self._refused is not None:
             return
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # Nothing is upgraded to here, and that may be passed over in silence; but the parser is lost.
-            self._deaf = True
-        except httptools.HttpParserError as error:
-            self._refuse(400, f"not HTTP: {error}"[:200])
+        rest: bytes | None = data
+        while rest is not None:
+            rest = self._feed(rest)
         if not self._pumping:
             self._pump()
+
+    def _feed(self, data: bytes) -> bytes | None:
+        """Parse ``data``; return what a new parser has to begin with, where this one is lost."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self.parser.get_method() == b"CONNECT" or self._refused is not None:
+                self._deaf = True
+                return None
+            # RFC 9110, 7.8: who does not upgrade goes on as if it had not been asked for. The parser left out
+            # the body, so the request begins once more, without the wish.
+            kept = {k: v for k, v in self._headers.items() if k not in {b"upgrade", b"connection"}}
+            if not self.parser.should_keep_alive() or b"close" in self._headers[b"connection"].lower():
+                kept[b"connection"] = b"close"
+            lines = b"".join(b"%b: %b\r\n" % pair for pair in kept.items())
+            version = self.parser.get_http_version().encode()
+            again = b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self._target, version, lines)
+            self.parser = httptools.HttpRequestParser(self)
+            return again + data[upgrade.args[0] :]
+        except httptools.HttpParserError as error:
+            self._refuse(400, f"not HTTP: {error}"[:200])
+        return None
 
     def eof_received(self) -> bool:
         """The client sends no more; what it asked is still answered."""
@@ -205,20 +243,29 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client does not read."""
+        server = self._server
         self._unread = True
-        self.deadline = time.monotonic() + self._server.limits.read_s
+        self.deadline = time.monotonic() + server.limits.read_s
+        self._account(self._transport.get_write_buffer_size())
+        server.make_room(0, but=self)
 
     def resume_writing(self) -> None:
         """It reads again."""
         self._unread = False
+        self._account(0)
         self._rest()
         self._pump()
+
+    def _account(self, unread: int) -> None:
+        self._server.held += unread - self.unread_bytes
+        self.unread_bytes = unread
 
     # ---- from the parser
 
     def on_message_begin(self) -> None:
         """A request begins."""
         self._headers = {}
+        self._headers_done = False
         self._target = b""
         self._header_bytes = 0
         self._in_message = True
@@ -233,7 +280,7 @@ class Connection(asyncio.Protocol):
             self._refuse(414, "the target is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; of several of one name the last counts."""
+        """One header; of several of one name the last counts. What trails a body is passed over."""
         self._header_bytes += len(name) + len(value)
         headers = self._headers
         headers[name.lower()] = value
@@ -243,6 +290,7 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """All headers are there."""
         headers = self._headers
+        self._headers_done = True
         said = headers.get(b"content-length")
         if said is not None:
             length = int(said)  # llhttp has let digits through only
@@ -250,10 +298,12 @@ class Connection(asyncio.Protocol):
             if length > limits.body_bytes:
                 self._refuse(413, f"the body has {length} bytes, at most {limits.body_bytes} are taken")
                 return
-            if self._server.receiving + length > limits.all_bodies_bytes:
-                self._refuse(503, "too many bodies are being received")
+            if self._server.held + length > self._server.most_held and not self._server.make_room(length):
+                self._refuse(503, "too many bodies are not answered yet")
                 return
-        elif b"transfer-encoding" not in headers:
+        elif b"transfer-encoding" in headers:
+            self._headers = _Complete(headers)
+        else:
             return
         if not self._busy:
             self.deadline = time.monotonic() + self._server.limits.body_s
@@ -271,11 +321,11 @@ class Connection(asyncio.Protocol):
             held += body
         server = self._server
         self._received += len(body)
-        server.receiving += len(body)
+        server.held += len(body)
         if self._received > server.limits.body_bytes:
             self._refuse(413, f"at most {server.limits.body_bytes} bytes of body are taken")
-        elif server.receiving > server.limits.all_bodies_bytes:
-            self._refuse(503, "too many bodies are being received")
+        elif server.held > server.most_held and not server.make_room(0):
+            self._refuse(503, "too many bodies are not answered yet")
 
     def on_message_complete(self) -> None:
         """A request is there."""
@@ -283,13 +333,21 @@ class Connection(asyncio.Protocol):
         if self._refused is not None:
             return
         parser = self.parser
-        request = Request(parser.get_method(), self._target, self._headers, self._peer)
+        method = parser.get_method()
+        if b"upgrade" in self._headers and parser.should_upgrade() and method != b"CONNECT":
+            return  # its body is still to come, see `_feed`
+        target = self._target
+        if target[:1] != b"/" and b"://" in target:
+            target = b"/" + target.partition(b"://")[2].partition(b"/")[2]  # in absolute form, as to a proxy
+        request = Request(method, target, self._headers, self._peer)
+        if method == b"HEAD":
+            request.head_only, request.method = True, b"GET"
         request.keep_alive = parser.should_keep_alive()
         if b"connection" in self._headers and parser.get_http_version() == "1.0":
             request.keep_alive = False
         if self._body is not None:
             request.body = self._body
-            self._forget_body()
+            request.size, self._received, self._body = self._received, 0, None
         self._queue.append(request)
         if len(self._queue) >= MAX_QUEUED and not self._paused:
             self._paused = True
@@ -306,7 +364,7 @@ class Connection(asyncio.Protocol):
             request = queue.popleft()
             self._busy = True
             self.deadline = float("inf")
-            server.handler(request, _Respond(self, request.keep_alive))
+            server.handler(request, _Respond(self, request))
         self._pumping = False
         if self._paused and len(queue) < MAX_QUEUED // 2 and not self._closing:
             self._paused = False
@@ -314,15 +372,17 @@ class Connection(asyncio.Protocol):
         if self._refused is not None and not queue and not self._busy and not self._closing:
             self._last_words(self._refused)
 
-    def respond(self, response: Response, keep_alive: bool) -> None:  # noqa: FBT001 - the hot path
+    def respond(self, response: Response, request: Request) -> None:
         """Send the answer to the request that is at work."""
+        self._server.held -= request.size
         if not self._busy or self._closing:
             return
         self._busy = False
+        keep_alive = request.keep_alive
         server = self._server
         if server.stopping or (self._deaf and not self._queue):
             keep_alive = False
-        self._write(response, keep_alive)
+        self._write(response, keep_alive, head_only=request.head_only)
         if not keep_alive:
             self._closing = True
             self._transport.close()
@@ -331,7 +391,7 @@ class Connection(asyncio.Protocol):
         if not self._pumping and (self._queue or self._refused is not None):
             self._pump()
 
-    def _write(self, response: Response, keep_alive: bool) -> None:  # noqa: FBT001 - as above
+    def _write(self, response: Response, keep_alive: bool, *, head_only: bool = False) -> None:  # noqa: FBT001 - the hot path
         server = self._server
         status = response.status
         statuses = server.statuses
@@ -347,7 +407,7 @@ class Connection(asyncio.Protocol):
                 response.head,
                 len(body),
                 b"" if keep_alive else b"connection: close\r\n",
-                body,
+                b"" if head_only else body,
             )
         )
 
@@ -356,7 +416,7 @@ class Connection(asyncio.Protocol):
         if self._unread:
             self.deadline = time.monotonic() + limits.read_s
         elif self._in_message:
-            self.deadline = time.monotonic() + limits.header_s
+            self.deadline = time.monotonic() + (limits.body_s if self._headers_done else limits.header_s)
         else:
             self.deadline = time.monotonic() + limits.idle_s
 
@@ -364,7 +424,14 @@ class Connection(asyncio.Protocol):
 
     def overdue(self, now: float) -> None:
         """The deadline is over."""
-        if self._unread or self._closing:
+        if self._unread and not self._closing:
+            left = self._transport.get_write_buffer_size()
+            if left < self.unread_bytes:  # slowly, but it reads
+                self._account(left)
+                self.deadline = now + self._server.limits.read_s
+            else:
+                self.abort()
+        elif self._closing:
             self.abort()
         elif self._in_message and self._refused is None:
             self._refuse(408, "the request did not arrive in time")
@@ -383,6 +450,7 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once."""
         self._closing = True
+        self._account(0)
         self._transport.abort()
 
     def _refuse(self, status: int, why: str) -> None:
@@ -401,24 +469,31 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _forget_body(self) -> None:
-        self._server.receiving -= self._received
+        self._server.held -= self._received
         self._received = 0
         self._body = None
+
+
+class _Complete(dict[bytes, bytes]):
+    """Headers to which what trails a chunked body adds nothing (RFC 9110, 6.5.1)."""
+
+    def __setitem__(self, name: bytes, value: bytes) -> None:
+        """Leave it out."""
 
 
 class _Respond:
     """Answers one request, once."""
 
-    __slots__ = ("_connection", "_keep_alive")
+    __slots__ = ("_connection", "_request")
 
-    def __init__(self, connection: Connection, keep_alive: bool) -> None:  # noqa: FBT001 - the hot path
+    def __init__(self, connection: Connection, request: Request) -> None:
         self._connection: Connection | None = connection
-        self._keep_alive = keep_alive
+        self._request = request
 
     def __call__(self, response: Response) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.respond(response, self._keep_alive)
+            connection.respond(response, self._request)
 
 
 _OK: Final = b"HTTP/1.1 200 OK\r\n"

@@ -22,7 +22,7 @@ MIDDLE: Final = 2**31
 class Job:
     """A request on its way through a session."""
 
-    __slots__ = ("context", "deadline", "inputs", "key", "priority", "queued", "rows")
+    __slots__ = ("context", "deadline", "inputs", "key", "large", "priority", "queued", "rows")
 
     def __init__(
         self, inputs: dict[str, Array], rows: int, key: Any, priority: int, deadline: int, context: Any
@@ -35,6 +35,8 @@ class Job:
         self.deadline = deadline
         """In ns of the monotonic clock."""
         self.queued = 0
+        self.large = False
+        """Its run may take much longer than what was measured: its shape is open, and its inputs larger."""
         self.context = context
         """Its owner's."""
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LOOPS: Final = (b"\x22\x04Loop", b"\x22\x04Scan")
+"""NodeProto.op_type as it stands in a file; that weights look like it costs a thread, and nothing else."""
 LIMITS: Final = probing.Limits(wall_s=60.0, cpu_s=50, memory_mb=2048)
 
 
@@ -41,6 +43,8 @@ class Opened(Struct, frozen=True):
     """The latency that its package promises."""
     labels: Mapping[str, tuple[str, ...]] = {}
     """Names of the classes, by output."""
+    steady: bool = True
+    """It has no loop whose end its inputs decide, as far as is known."""
 
 
 def open_bare(file: Path, model_format: str, verdicts: Verdicts, threads: int) -> Opened:
@@ -53,7 +57,14 @@ def open_bare(file: Path, model_format: str, verdicts: Verdicts, threads: int) -
         _say(file.name, report.sandbox)
     known = verdicts.find(digest) or Verdict()
     session = open_session(content, model_format, known.accelerator, threads)
-    return Opened(session, session.inputs, session.outputs, len(content), labels=_labels(file, session))
+    return Opened(
+        session,
+        session.inputs,
+        session.outputs,
+        len(content),
+        labels=_labels(file, session),
+        steady=steady(content, model_format),
+    )
 
 
 def open_package(manifest: Manifest, directory: Path, verdicts: Verdicts, threads: int) -> Opened:
@@ -74,8 +85,18 @@ def open_package(manifest: Manifest, directory: Path, verdicts: Verdicts, thread
     accelerator = find(variant.format, known.accelerator, hints=hints)
     session = open_session(content, variant.format, accelerator, threads)
     return Opened(
-        session, variant.inputs, variant.outputs, len(content), objective_ms=manifest.budget.latency_ms
+        session,
+        variant.inputs,
+        variant.outputs,
+        len(content),
+        objective_ms=manifest.budget.latency_ms,
+        steady=steady(content, variant.format),
     )
+
+
+def steady(content: bytes, model_format: str) -> bool:
+    """Whether no operator of an ONNX model repeats as its inputs say; of TFLite it is not known."""
+    return model_format != "onnx" or not any(operator in content for operator in _LOOPS)
 
 
 def try_out(file: Path, digest: str, model_format: str, limits: probing.Limits = LIMITS) -> TrialReport:

@@ -126,7 +126,7 @@ class Directory:
                     yield from self._numbered(directory.name, entry)
                 if depth < _DEPTH:
                     yield from self._below(entry, depth + 1)
-            elif depth == 0 and entry.suffix in FORMATS:
+            elif depth == 0 and entry.suffix in FORMATS and entry.is_file():
                 yield self._bare(entry.stem, "1", entry)
 
     def _numbered(self, name: str, directory: Path) -> Iterator[Candidate]:

@@ -12,9 +12,9 @@ from typing import Final
 
 import msgspec
 
-from agent.engine.serve import codec, compression
+from agent.engine.serve import codec, compression, tensors
 from agent.engine.serve.http import BINARY, JSON, Request, Respond, Response, Server
-from agent.engine.serve.requests import InferResponse
+from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.routes import MAX_CONTROL, Call, Route, Routes
 from agent.engine.serve.service import Service
 from agent.engine.serve.tokens import ANYBODY, Principal, Tokens
@@ -43,7 +43,9 @@ STATUS: Final[Mapping[str, int]] = {
 }
 """What a model cannot run on is the client's input more often than not: 400, as the field does."""
 BIG: Final = 256 * 1024
-"""Bodies from here on are inflated and compressed in a thread."""
+"""Bodies from here on are compressed in a thread, and inflated if they become so large."""
+LARGE_AT_ONCE: Final = 2
+"""Bodies that are inflated and taken apart in threads: each may become as large as a body may be."""
 
 _encode: Final = msgspec.json.Encoder().encode
 _FROM_A_PAGE: Final = PitheadError("auth.forbidden", "web pages may not use a server that asks for no token")
@@ -57,6 +59,7 @@ class Rest:
         self._routes = Routes(service)
         self._headers = codec.Headers()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
 
     def shows(self, server: Server) -> None:
         """Let ``/metrics`` show this server's figures."""
@@ -92,47 +95,69 @@ class Rest:
         headers = request.headers
         encoding = headers.get(b"content-encoding")
         if encoding is not None:
-            if len(request.body) > BIG:
-                self._later(request, self._infer_big(request, route, encoding, respond), respond)
+            try:
+                request.body = compression.inflate(request.body, encoding, min(BIG, self._body_limit))
+            except PitheadError as error:
+                if error.code != "serve.too_large":
+                    raise
+                self._later(request, self._infer_large(request, route, encoding, respond), respond)
                 return
-            request.body = compression.inflate(request.body, encoding, self._body_limit)
-        self._infer_plain(request, route, respond)
+        header = headers.get(b"inference-header-content-length")
+        try:
+            asked, wish = codec.decode(route.model, route.version, request.body, header, at_once=True)
+        except tensors.TooMuchAtOnceError:
+            self._later(request, self._infer_large(request, route, b"", respond), respond)
+            return
+        self._submit(request, asked, wish, respond)
 
-    async def _infer_big(self, request: Request, route: Route, encoding: bytes, respond: Respond) -> None:
-        request.body = await asyncio.get_running_loop().run_in_executor(
-            None, compression.inflate, request.body, encoding, self._body_limit
-        )
-        self._infer_plain(request, route, respond)
+    async def _infer_large(self, request: Request, route: Route, encoding: bytes, respond: Respond) -> None:
+        """Inflate and take apart in a thread; few at once, since all of them hold what came out."""
+        header = request.headers.get(b"inference-header-content-length")
 
-    def _infer_plain(self, request: Request, route: Route, respond: Respond) -> None:
-        headers = request.headers
-        asked, wish = codec.decode(
-            route.model, route.version, request.body, headers.get(b"inference-header-content-length")
-        )
-        accept = headers.get(b"accept-encoding")
+        def work() -> tuple[InferRequest, codec.Wish]:
+            body = compression.inflate(request.body, encoding, self._body_limit)
+            return codec.decode(route.model, route.version, body, header)
+
+        async with self._large:
+            asked, wish = await asyncio.get_running_loop().run_in_executor(None, work)
+            self._submit(request, asked, wish, respond)
+
+    def _submit(self, request: Request, asked: InferRequest, wish: codec.Wish, respond: Respond) -> None:
+        accept = request.headers.get(b"accept-encoding")
 
         def done(answer: InferResponse | PitheadError) -> None:
             if isinstance(answer, PitheadError):
                 respond(refused(answer))
                 return
             try:
+                if codec.takes_long(answer, wish):
+                    self._later(request, self._encode_large(answer, wish, accept, respond), respond)
+                    return
                 body, header_length = self._headers.encode(answer, wish)
+                self._give(body, header_length, accept, respond)
+            except PitheadError as error:
+                respond(refused(error))
             except Exception:
                 log.exception("rest.failed")
                 respond(failure(500, "the answer cannot be encoded"))
-                return
-            if header_length:
-                response = Response(
-                    200, body, BINARY, b"inference-header-content-length: %d\r\n" % header_length
-                )
-            else:
-                response = Response(200, body)
-            if accept is not None and len(body) >= compression.SMALLEST:
-                self._compressed(response, accept, respond)
-            else:
-                respond(response)
 
         self._service.submit(asked, done)
+
+    async def _encode_large(
+        self, answer: InferResponse, wish: codec.Wish, accept: bytes | None, respond: Respond
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._give(*await loop.run_in_executor(None, codec.encode, answer, wish), accept, respond)
+
+    def _give(self, body: bytes, header_length: int, accept: bytes | None, respond: Respond) -> None:
+        if header_length:
+            response = Response(200, body, BINARY, b"inference-header-content-length: %d\r\n" % header_length)
+        else:
+            response = Response(200, body)
+        if accept is not None and len(body) >= compression.SMALLEST:
+            self._compressed(response, accept, respond)
+        else:
+            respond(response)
 
     def _compressed(self, response: Response, accept: bytes, respond: Respond) -> None:
         encoding = compression.accepted(accept)

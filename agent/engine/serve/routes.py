@@ -15,6 +15,8 @@ from agent.engine.serve.service import Service
 from contract.errors import PitheadError
 
 MAX_ROUTES: Final = 2048
+MAX_REMEMBERED: Final = 300
+"""Bytes of a target that is remembered: anybody can think of 2048 long ones."""
 MAX_CONTROL: Final = 4 * 1024 * 1024
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -101,7 +103,7 @@ class Routes:
         route = self._known.get(target)
         if route is None:
             route = self._parse(target)
-            if route is not None:
+            if route is not None and len(target) <= MAX_REMEMBERED:
                 if len(self._known) >= MAX_ROUTES:
                     self._known.clear()
                 self._known[target] = route

@@ -33,6 +33,10 @@ INLINE_S: Final = 200e-6
 """Up to this much a run may take on the loop."""
 INLINE_BATCH_S: Final = 250e-6
 """And a batch of them."""
+STALL_S: Final = 0.05
+"""An inline run that takes longer keeps everybody waiting..."""
+STALLS: Final = 3
+"""...and after so many the model has its runs in a thread."""
 LONELY: Final = 8
 """After so many turns with one request each, inline runs are not put off to the turn's end..."""
 LONELY_FOR: Final = 32
@@ -68,6 +72,8 @@ class Profile(Struct, frozen=True):
 
     run_s: float
     """Median of one row; infinite where it could not be run."""
+    steady: bool = True
+    """The time of a run does not depend on the values of its inputs, as far as is known."""
     batches: bool = False
     """Rows do not depend on each other, and running eight together pays."""
 
@@ -94,7 +100,8 @@ class Runner:
         self._ran = ran
         self._name, self._session, self._policy = name, session, policy
         self._finish, self._loop = finish, loop
-        self.inline = profile.run_s <= INLINE_S
+        self.inline = profile.run_s <= INLINE_S and profile.steady
+        self._stalls = 0
         self.batches = profile.batches and policy.max_batch > 1
         self._row_s = profile.run_s if math.isfinite(profile.run_s) else 0.0
         self._limit = BatchLimit(policy.objective_s, policy.max_batch if self.batches else 1)
@@ -129,7 +136,9 @@ class Runner:
         Raises ``serve.overloaded`` when it cannot begin in time.
         """
         queue_ = self._queue
-        short = self.inline and not self._running and job.rows * self._row_s <= INLINE_BATCH_S
+        short = (
+            self.inline and not self._running and not job.large and job.rows * self._row_s <= INLINE_BATCH_S
+        )
         if short and not queue_ and (not self.batches or self._alone()):
             self._run_inline([job])
             return
@@ -199,7 +208,7 @@ class Runner:
             if not batch:
                 continue
             rows = sum(job.rows for job in batch)
-            if self.inline and rows * self._row_s <= INLINE_BATCH_S:
+            if self.inline and not batch[0].large and rows * self._row_s <= INLINE_BATCH_S:
                 self._run_inline(batch)
             else:
                 self._hand_over(batch)
@@ -208,7 +217,13 @@ class Runner:
     def _run_inline(self, batch: list[Job]) -> None:
         start = time.monotonic_ns()
         result = run_batch(self._session, batch)
-        self._deliver(batch, result, start, time.monotonic_ns())
+        end = time.monotonic_ns()
+        if end - start > STALL_S * 1e9:
+            self._stalls += 1
+            if self._stalls >= STALLS:
+                self.inline = False
+                log.warning("model.leaves_the_loop", extra={"facts": {"model": self._name}})
+        self._deliver(batch, result, start, end)
 
     # ---- worker
 

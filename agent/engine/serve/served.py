@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
 import numpy as np
+from msgspec.structs import replace
 
 from agent.engine.serve import tensors
 from agent.engine.serve.jobs import Job, Outputs
@@ -18,9 +19,12 @@ from agent.engine.serve.statistics import Statistics
 from contract.errors import PitheadError
 from contract.manifest import TensorSpec
 from inference.arithmetic import dequantise, quantise
+from inference.made_up import made_up
 from inference.session import Array
 
 REAL: Final = np.dtype(np.float32)
+LARGER: Final = 8
+"""Inputs with so many times the values of those that were measured may take much longer, not only so."""
 
 
 class _Input:
@@ -54,6 +58,8 @@ class Live:
         self.memory_bytes = memory_bytes
         self.statistics = statistics
         self.last_used_ns = time.monotonic_ns()
+        if not opened.steady:
+            profile = replace(profile, steady=False)
         loop = asyncio.get_running_loop()
         self.runner = Runner(
             candidate.name, opened.session, profile, policy, self._finished, statistics.ran, loop
@@ -66,6 +72,10 @@ class Live:
         self._timeout_ns = round(policy.timeout_s * 1e9)
         open_rest = any(-1 in spec.shape[1:] for spec in opened.inputs)
         self._one_shape = self.runner.batches and not open_rest
+        self._plain = 0
+        """Values of the inputs that were measured, where others may come whose rows do not count; else 0."""
+        if any(-1 in spec.shape for spec in opened.inputs) and not self._one_shape:
+            self._plain = sum(array.size for array in made_up(opened.inputs, 1).values())
 
     def retire(self, then: Callable[["Live"], None]) -> None:
         """Call ``then`` when the last request that was admitted is answered; admits none after this."""
@@ -102,6 +112,8 @@ class Live:
         wanted = self._wanted(request)
         timeout = request.timeout_us * 1000 if request.timeout_us else self._timeout_ns
         job = Job(inputs, rows, key, request.priority, began + timeout, (request, wanted, real, done, began))
+        if self._plain:
+            job.large = sum(array.size for array in inputs.values()) > LARGER * self._plain
         self.in_flight += 1
         self.last_used_ns = began
         try:

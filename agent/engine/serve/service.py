@@ -8,6 +8,7 @@ are ``PitheadError``, of the codes ``serve.*`` and ``inference.*``.
 import asyncio
 import concurrent.futures
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -109,8 +110,10 @@ class Service:
 
     def _fetch(self, request: InferRequest) -> None:
         for name, shared in (request.shared or {}).items():
+            field = f"input {name!r}"
+            tensors.check_size(shared.datatype, shared.shape, shared.region.size, field)
             data = self.shared_memory.read(shared.region)
-            request.inputs[name] = tensors.from_binary(shared.datatype, shared.shape, data, f"input {name!r}")
+            request.inputs[name] = tensors.from_binary(shared.datatype, shared.shape, data, field)
 
     def _afterwards(self, request: InferRequest, done: Done) -> Done:
         """Return what classifies and writes to shared memory before it hands the answer on."""
@@ -121,6 +124,9 @@ class Service:
                     self._finish(request, answer)
                 except PitheadError as error:
                     answer = error
+                except Exception:
+                    log.exception("serving.answer_failed")
+                    answer = PitheadError("internal.error", "the answer cannot be finished")
             done(answer)
 
         return finish
@@ -307,7 +313,8 @@ def classify(array: Array, classes: int, labels: Sequence[str], *, rows: bool) -
     """
     if array.dtype == tensors.TEXT:
         raise tensors.refuse("outputs", "texts cannot be classified")
-    flat = array.reshape(len(array), -1) if rows and array.ndim else array.reshape(1, -1)
+    count = len(array) if rows and array.ndim else 1
+    flat = array.reshape(count, array.size // count if count else math.prod(array.shape[1:]))
     most = min(classes, flat.shape[1])
     order = np.argsort(-flat.astype(np.float64), axis=1, kind="stable")[:, :most]
     texts = np.empty((len(flat), most), tensors.TEXT)

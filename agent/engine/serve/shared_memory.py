@@ -19,6 +19,8 @@ from contract.errors import PitheadError
 
 DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory is on Linux
 MAX_REGIONS: Final = 1024
+MAX_READ: Final = 512 * 1024 * 1024
+"""Bytes of one input: a file may claim any size without having it."""
 
 
 class Registered(Struct, frozen=True):
@@ -88,6 +90,8 @@ class SharedMemory:
 
     def read(self, region: Region) -> bytes:
         """Return a copy of what is there; raises ``serve.not_found``, ``serve.bad_request``."""
+        if region.size > MAX_READ:
+            raise _refuse(f"region {region.name!r}", f"at most {MAX_READ} bytes are read for an input")
         with self._place(region) as (handle, at):
             data = os.pread(handle, region.size, at)
         if len(data) != region.size:
@@ -103,7 +107,8 @@ class SharedMemory:
         with self._place(region) as (handle, at):
             if os.fstat(handle).st_size < at + len(data):
                 raise _refuse(f"region {region.name!r}", "it has been made shorter")
-            os.pwrite(handle, data, at)
+            if os.pwrite(handle, data, at) != len(data):
+                raise _refuse(f"region {region.name!r}", "it took a part of the output only")
 
     def close(self) -> None:
         """Forget all."""

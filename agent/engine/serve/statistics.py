@@ -8,6 +8,8 @@ BOUNDS_US: Final = (
     *(100_000, 200_000, 500_000, 1_000_000, 5_000_000),
 )
 """Upper bounds of the latency histogram; one more bucket has no bound."""
+MAX_SIZES: Final = 256
+"""Sizes of runs that are told apart; of more the next power of two counts, since clients choose them."""
 _BOUNDS_NS: Final = tuple(b * 1000 for b in BOUNDS_US)
 
 
@@ -68,6 +70,9 @@ class Statistics:
         """Count a run."""
         self.executions += 1
         seen = self.batches.get(rows)
+        if seen is None and len(self.batches) >= MAX_SIZES:
+            rows = 1 << (rows - 1).bit_length()
+            seen = self.batches.get(rows)
         if seen is None:
             self.batches[rows] = [1, infer_ns]
         else:

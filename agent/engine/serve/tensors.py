@@ -21,6 +21,12 @@ from inference.session import Array
 
 MAX_RANK: Final = 16
 MAX_ELEMENTS: Final = 2**28
+MAX_TEXTS: Final = 2**16
+"""In one tensor: each is an object of its own, and costs a microsecond both ways while everybody waits."""
+MAX_LISTS: Final = 2**18
+"""In nested JSON data: the same."""
+AT_ONCE: Final = 64 * 1024
+"""Bytes of JSON or texts that are taken apart, or values put into JSON, while everybody waits."""
 TEXT: Final = np.dtype(np.object_)
 
 DTYPE: Final[Mapping[str, np.dtype[Any]]] = {
@@ -38,6 +44,10 @@ _WIRE: Final[Mapping[str, np.dtype[Any]]] = {
 _LENGTH: Final = Packed("<I")
 _BYTES_PER_TEXT: Final = 4
 _LITTLE: Final = sys.byteorder == "little"
+
+
+class TooMuchAtOnceError(Exception):
+    """It would take milliseconds: the caller is to do it where nobody waits."""
 
 
 def refuse(field: str, why: str) -> PitheadError:
@@ -58,6 +68,20 @@ def check_shape(shape: Sequence[int], field: str) -> int:
     if most > MAX_ELEMENTS:
         raise refuse(f"{field}.shape", f"more than {MAX_ELEMENTS} elements")
     return count
+
+
+def check_texts(count: int, field: str) -> None:
+    """Refuse more texts than one tensor may have."""
+    if count > MAX_TEXTS:
+        raise refuse(f"{field}.shape", f"{count} texts, at most {MAX_TEXTS} are taken in a tensor")
+
+
+def check_size(datatype: str, shape: Sequence[int], size: int, field: str) -> None:
+    """Refuse data of ``size`` bytes before it is read, where the shape holds something else."""
+    count = check_shape(shape, field)
+    each = SIZES.get(datatype)
+    if each is not None and size != count * each:
+        raise refuse(field, f"{size} bytes of data, {datatype} {list(shape)} has {count * each}")
 
 
 def from_binary(datatype: str, shape: Sequence[int], data: bytes | memoryview, field: str) -> Array:
@@ -99,6 +123,7 @@ def to_binary(array: Array) -> bytes:
 
 
 def _texts(data: bytes | memoryview, count: int, field: str) -> Array:
+    check_texts(count, field)
     if count * _BYTES_PER_TEXT > len(data):
         raise refuse(field, f"{len(data)} bytes of data cannot hold {count} texts")
     view = memoryview(data)
@@ -140,6 +165,8 @@ def from_json(datatype: str, shape: Sequence[int], data: msgspec.Raw, field: str
     if dtype is None:
         why = "BF16 is taken in binary only" if datatype == "BF16" else "is no datatype of the protocol"
         raise refuse(f"{field}.datatype", f"{datatype[:32]!r}: {why}")
+    if dtype == TEXT:
+        check_texts(count, field)
     field = f"{field}.data"
     make = _MAKERS[dtype.kind]
     if dtype.kind == "f":
@@ -147,15 +174,17 @@ def from_json(datatype: str, shape: Sequence[int], data: msgspec.Raw, field: str
             values: list[Any] = _flat_floats.decode(data)
             make = _narrowed
         except (msgspec.MsgspecError, RecursionError):
-            values = _flat(shape, data, field)  # nested, or wrong: the slow way says where
+            values = _flat(shape, data, dtype, field)  # nested, or wrong: the slow way says where
     else:
-        values = _flat(shape, data, field)
+        values = _flat(shape, data, dtype, field)
     if len(values) != count:
         raise refuse(field, f"{len(values)} values, the shape {list(shape)} has {count}")
     return make(values, dtype, field).reshape(shape)
 
 
-def _flat(shape: Sequence[int], data: msgspec.Raw, field: str) -> list[Any]:
+def _flat(shape: Sequence[int], data: msgspec.Raw, dtype: np.dtype[Any], field: str) -> list[Any]:
+    if dtype != TEXT and bytes(data).count(b"[") > MAX_LISTS:
+        raise refuse(field, f"is nested into more than {MAX_LISTS} arrays: send it flat")
     try:
         values = _anything.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:

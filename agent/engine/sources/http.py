@@ -38,6 +38,8 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)  # noqa: UP017 - beside
 MICROSECOND: Final = timedelta(microseconds=1)
 EARLIEST_US: Final = 946_684_800_000_000
 """2000-01-01: what is before was counted in seconds or milliseconds."""
+LATEST_US: Final = 2**63
+"""Later than any time; JSON has integers that no float holds."""
 AHEAD_US: Final = 60_000_000
 """A time further in the future would make everything after it late."""
 CLOSE_S: Final = 0.5
@@ -177,7 +179,7 @@ def _time(t: int | str | None, number: int, now: int) -> int | None:
             raise Refused(400, f"row {number}: t {t[:40]!r} has no time zone; end it with Z")
         us = (moment - EPOCH) // MICROSECOND
     else:
-        us = t
+        us = min(t, LATEST_US)
     if us < EARLIEST_US:
         raise Refused(400, f"row {number}: t {t} is before 2000; count microseconds since 1970 UTC")
     if us - now > AHEAD_US:
