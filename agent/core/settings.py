@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from agent.core.serve_models import Client, ServedModel
 from contract.errors import PitheadError
 from contract.messages import Name
 from inference.accelerators import Custom, Resources
@@ -90,6 +91,9 @@ class Serve(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     tls_key_file: str | None = None
     memory_budget_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 0
     """For all served models together: the idle ones leave first. 0: no limit."""
+    models: dict[Name, ServedModel] = {}
+    clients: dict[str, Client] = {}
+    """By the name of their token; ``*`` for each without a table, ``mqtt`` for all that ask by a broker."""
     mqtt: ServeMqtt | None = None
 
 

@@ -1,14 +1,17 @@
 """``serve.toml`` in a model directory: what is to be said of its models, all of it optional.
 
-Tables: ``[models.<name>...]`` for a model, ``[pipelines.<name>]`` for a graph of models.
+Tables: ``[models.<name>...]`` for a model, ``[clients.<name>]`` for who asks, ``[pipelines.<name>]`` for a
+graph of models.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from agent.core.serve_models import Client, ServedModel
 from agent.engine.serve.bandit import Bandit
 from agent.engine.serve.pipeline_plan import Spec
 from agent.engine.serve.shadow_settings import Shadow
@@ -18,9 +21,11 @@ from contract.errors import PitheadError
 NAME: Final = "serve.toml"
 
 
-class Model(Struct, frozen=True, forbid_unknown_fields=True):
+class Model(ServedModel, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """``[models.<name>]``."""
 
+    versions: Annotated[int, Meta(ge=1)] | Literal["all"] | tuple[str | int, ...] | None = None
+    """The newest so many, all, or these; None: as for all models."""
     split: Split | None = None
     shadow: Shadow | None = None
     bandit: Bandit | None = None
@@ -30,6 +35,7 @@ class Configuration(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     models: dict[str, Model] = {}
+    clients: dict[str, Client] = {}
     pipelines: dict[str, Spec] = {}
 
 
@@ -64,3 +70,10 @@ def parse(content: bytes, where: str = NAME) -> Configuration:
         if name in said.pipelines:
             raise PitheadError("config.invalid", f"{where}: {name!r} is a model and a pipeline")
     return said
+
+
+def of_device(models: Mapping[str, ServedModel], clients: Mapping[str, Client]) -> Configuration:
+    """Return what ``[serve]`` of ``agent.toml`` says; versions are the fleet's to choose."""
+    return Configuration(
+        {name: Model(**msgspec.structs.asdict(said)) for name, said in models.items()}, dict(clients)
+    )
