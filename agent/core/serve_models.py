@@ -1,4 +1,4 @@
-"""What may be said of a served model and of who asks: in ``serve.toml``, and below ``[serve]`` of ``agent.toml``."""
+"""What ``serve.toml``, and ``[serve]`` of ``agent.toml``, may say of a served model and of who asks."""
 
 from typing import Annotated
 

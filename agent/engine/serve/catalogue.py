@@ -24,7 +24,9 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent.engine.serve import policies
 from agent.engine.serve.background import Background
+from agent.engine.serve.cache import Cache, why_not
 from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate, Source, newest
@@ -258,8 +260,10 @@ class Catalogue:
         """Return what went wrong; then what served before goes on."""
         candidate = version.candidate
         began = time.monotonic()
+        said = policies.said_of(self.limits.configuration, candidate.name)
+        cache_bytes = policies.cache_bytes(said)
         try:
-            opened, profile, memory = await self._loader.run(lambda: _open(candidate))
+            opened, profile, memory, cache = await self._loader.run(lambda: _open(candidate, cache_bytes))
         except PitheadError as error:
             version.reason = str(error)
             log.warning("model.not_loaded", extra={"facts": {"model": candidate.name, "why": str(error)}})
@@ -271,12 +275,12 @@ class Catalogue:
             self._closer.do(opened.session.close)
             self._forget(entry, version)
             return None
-        policy = version.policy or self.limits.policy
-        if opened.objective_ms is not None and version.policy is None:
+        policy = version.policy or policies.runs(said, self.limits.policy)
+        if opened.objective_ms is not None and version.policy is None and said.objective_ms is None:
             policy = replace(policy, objective_s=opened.objective_ms / 1000)
         old = version.live
         version.statistics = candidate.statistics or version.statistics
-        version.live = Live(candidate, opened, profile, policy, memory, version.statistics)
+        version.live = Live(candidate, opened, profile, policy, memory, version.statistics, cache)
         version.state, version.reason = State.READY, ""
         self.loads += 1
         self._retire_others(entry, version, old)
@@ -333,14 +337,14 @@ class Catalogue:
             for version in entry.versions.values()
             if version.live is not None
         ]
-        used = sum(v.live.memory_bytes for _, v in lives if v.live is not None)
+        used = sum(v.live.all_bytes for _, v in lives if v.live is not None)
         for _, version in sorted(lives, key=lambda pair: pair[0]):
             live = version.live
             if used <= budget:
                 break
             if live is None or live is newcomer or live.in_flight:
                 continue
-            used -= live.memory_bytes
+            used -= live.all_bytes
             self._drop(version)
             version.state, version.reason = State.IDLE, "not in memory: its next request loads it"
             self.evictions += 1
@@ -425,11 +429,15 @@ class Catalogue:
             thread.stop(0.0)
 
 
-def _open(candidate: Candidate) -> tuple[Opened, Profile, int]:
+def _open(candidate: Candidate, cache_bytes: int) -> tuple[Opened, Profile, int, Cache | None]:
     before = _rss()
     opened = candidate.open()
     profile = warm_up(opened.session, opened.inputs)
-    return opened, profile, max(opened.bytes, _rss() - before)
+    cache = Cache(cache_bytes) if cache_bytes else None
+    if cache is not None and (why := why_not(opened.session, opened.inputs)):
+        log.warning("model.answers_not_kept", extra={"facts": {"model": candidate.name, "why": why}})
+        cache = None
+    return opened, profile, max(opened.bytes, _rss() - before), cache
 
 
 def _rss() -> int:

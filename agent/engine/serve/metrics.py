@@ -26,6 +26,16 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[Live], int]], ...]] = (
         lambda live: live.runner.batch_limit,
     ),
     ("pithead_model_memory_bytes", "Measured when it was loaded.", lambda live: live.memory_bytes),
+    (
+        "pithead_cache_bytes",
+        "Answers that are kept, and their questions.",
+        lambda live: 0 if live.cache is None else live.cache.bytes,
+    ),
+    (
+        "pithead_cache_entries",
+        "Answers that are kept.",
+        lambda live: 0 if live.cache is None else len(live.cache),
+    ),
 )
 
 
@@ -45,6 +55,7 @@ def _models(service: Service) -> Iterator[str]:
     counted = [(labels, v.statistics) for labels, v in versions]
     counted += [(_labels(p.name, VERSION), p.statistics) for p in service.pipelines]
     yield from _counters(counted)
+    yield from _caches(counted)
     yield from _histogram(counted)
     yield from _gauges(versions)
 
@@ -82,6 +93,20 @@ def _counters(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
             ("output", s.output_ns),
         ):
             yield f'pithead_inference_seconds_total{{{labels},part="{part}"}} {ns * 1e-9:.9f}'
+
+
+def _caches(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
+    cached = [(labels, s) for labels, s in counted if s.hits or s.misses]
+    yield from _head("pithead_cache_requests_total", "counter", "Requests by whether their answer was kept.")
+    for labels, s in cached:
+        for outcome, count in (("hit", s.hits), ("miss", s.misses)):
+            yield f'pithead_cache_requests_total{{{labels},outcome="{outcome}"}} {count}'
+    yield from _head(
+        "pithead_cache_seconds_total", "counter", "Hits: all of it. Misses: to look and to keep."
+    )
+    for labels, s in cached:
+        for outcome, ns in (("hit", s.hits_ns), ("miss", s.misses_ns)):
+            yield f'pithead_cache_seconds_total{{{labels},outcome="{outcome}"}} {ns * 1e-9:.9f}'
 
 
 def _histogram(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
