@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from agent.engine.serve import policies
 from agent.engine.serve.background import Background
 from agent.engine.serve.cache import Cache, why_not
-from agent.engine.serve.configuration import Configuration
+from agent.engine.serve.configuration import Configuration, Model
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate, Source, newest
 from agent.engine.serve.requests import InferRequest
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256
 """Requests that may wait for an idle model to load."""
+
+_NOTHING: Final = Model()
 
 
 class State(StrEnum):
@@ -66,6 +68,8 @@ class Limits(Struct, frozen=True):
     """Load nothing before its first request."""
     configuration: Configuration = Configuration()
     """What ``serve.toml`` says."""
+    learned: Path | None = None
+    """The file where bandits keep what they have learned; None: not across restarts."""
 
 
 class Version:
@@ -91,8 +95,10 @@ class Version:
 class Entry:
     """A model: its served versions, and the one that a request without a version gets."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, hidden: str = "") -> None:
         self.name = name
+        self._hidden = hidden
+        """The version that never answers a request which names none: a shadow."""
         self.versions: dict[str, Version] = {}
         self.unloaded = False
         """By request: its versions are known, but not served."""
@@ -101,7 +107,7 @@ class Entry:
     def default(self) -> Version | None:
         """The newest version that is in memory; else the newest."""
         first = None
-        for name in newest(list(self.versions)):
+        for name in newest([text for text in self.versions if text != self._hidden]):
             version = self.versions[name]
             if version.live is not None:
                 return version
@@ -235,11 +241,8 @@ class Catalogue:
         there = {c.version: c for c in self._available if c.name == name}
         if not there:
             return None
-        entry = self.entries.setdefault(name, Entry(name))
-        wanted = newest(list(there))
-        if self.limits.versions:
-            wanted = wanted[: self.limits.versions]
-        for text in wanted:
+        entry = self.entries.setdefault(name, Entry(name, self._said_of(name).hidden))
+        for text in self._kept(name, list(there)):
             if text not in entry.versions:
                 entry.versions[text] = Version(there[text])
         for text, version in list(entry.versions.items()):
@@ -307,12 +310,22 @@ class Catalogue:
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
             self._retire(old)
-        ranked = newest([text for text, v in entry.versions.items() if self._offered(v.candidate)])
-        kept = ranked[: self.limits.versions or None]
+        offered = [text for text, v in entry.versions.items() if self._offered(v.candidate)]
+        kept = self._kept(entry.name, offered)
         for text, version in list(entry.versions.items()):
             if version is not new and text not in kept:
                 self._drop(version)
                 self._forget(entry, version)
+
+    def _said_of(self, name: str) -> Model:
+        return self.limits.configuration.models.get(name, _NOTHING)
+
+    def _kept(self, name: str, offered: Sequence[str]) -> list[str]:
+        """Return the versions that are served: the newest, and those that the configuration names."""
+        said = self._said_of(name)
+        ranked = newest([text for text in offered if text != said.hidden])
+        ranked = ranked[: self.limits.versions or None]
+        return ranked + [text for text in offered if text in said.named and text not in ranked]
 
     def _offered(self, candidate: Candidate) -> bool:
         """Whether a source has this version, as these bytes or others."""
@@ -405,6 +418,14 @@ class Catalogue:
             live.runner.tick(now)
         if lost:
             self.route()
+
+    def requests_wait(self) -> bool:
+        """Whether any request waits for a run."""
+        return any(
+            version.live is not None and version.live.runner.waiting
+            for entry in self.entries.values()
+            for version in entry.versions.values()
+        )
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; return whether that happened in time."""

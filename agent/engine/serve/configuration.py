@@ -19,6 +19,8 @@ from agent.engine.serve.split import Split
 from contract.errors import PitheadError
 
 NAME: Final = "serve.toml"
+LEARNED: Final = ".bandits.json"
+"""Beside it: what bandits have learned."""
 
 
 class Model(ServedModel, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -29,6 +31,23 @@ class Model(ServedModel, frozen=True, forbid_unknown_fields=True, omit_defaults=
     split: Split | None = None
     shadow: Shadow | None = None
     bandit: Bandit | None = None
+
+    @property
+    def steers(self) -> bool:
+        """Whether anything but the version policy decides who answers."""
+        return not (self.split is None and self.shadow is None and self.bandit is None)
+
+    @property
+    def hidden(self) -> str:
+        """The version that never answers a request which names none; empty where there is no such."""
+        return "" if self.shadow is None else self.shadow.version
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Versions that are served because they are named here."""
+        split = () if self.split is None else tuple(self.split.weights)
+        bandit = () if self.bandit is None else self.bandit.versions
+        return frozenset((*split, *bandit, self.hidden)) - {""}
 
 
 class Configuration(Struct, frozen=True, forbid_unknown_fields=True):
