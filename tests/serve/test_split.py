@@ -1,6 +1,7 @@
 """Versions side by side: shares by weight and by key, and a shadow that is compared and costs little."""
 
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -102,6 +103,18 @@ def test_what_makes_no_sense_is_refused(text: str, words: str):
     with pytest.raises(PitheadError) as caught:
         parse(text.encode())
     assert (caught.value.code, words in caught.value.detail) == ("config.invalid", True), caught.value.detail
+
+
+def test_the_pages_examples_are_taken_as_they_stand():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = page[page.index("## Pipelines") : page.index("## gRPC")]
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    found = parse("\n".join(blocks).encode())
+    assert set(found.pipelines) == {"inspect"}
+    assert {name: model.named for name, model in found.models.items()} == {
+        "pump": {"1", "2", "3"},
+        "grader": {"1", "2"},
+    }
 
 
 # ---- a real server

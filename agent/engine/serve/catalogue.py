@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from agent.engine.serve import policies
 from agent.engine.serve.background import Background
 from agent.engine.serve.cache import Cache, why_not
-from agent.engine.serve.configuration import Configuration, Model
+from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate, Source, newest
 from agent.engine.serve.requests import InferRequest
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256
 """Requests that may wait for an idle model to load."""
-
-_NOTHING: Final = Model()
 
 
 class State(StrEnum):
@@ -241,7 +239,9 @@ class Catalogue:
         there = {c.version: c for c in self._available if c.name == name}
         if not there:
             return None
-        entry = self.entries.setdefault(name, Entry(name, self._said_of(name).hidden))
+        entry = self.entries.setdefault(
+            name, Entry(name, policies.said_of(self.limits.configuration, name).hidden)
+        )
         for text in self._kept(name, list(there)):
             if text not in entry.versions:
                 entry.versions[text] = Version(there[text])
@@ -317,12 +317,9 @@ class Catalogue:
                 self._drop(version)
                 self._forget(entry, version)
 
-    def _said_of(self, name: str) -> Model:
-        return self.limits.configuration.models.get(name, _NOTHING)
-
     def _kept(self, name: str, offered: Sequence[str]) -> list[str]:
         """Return the versions that are served: the newest, and those that the configuration names."""
-        said = self._said_of(name)
+        said = policies.said_of(self.limits.configuration, name)
         ranked = newest([text for text in offered if text != said.hidden])
         ranked = ranked[: self.limits.versions or None]
         return ranked + [text for text in offered if text in said.named and text not in ranked]
