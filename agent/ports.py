@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
+from agent.core.machine import Machine
 from agent.core.settings import Serve
 from contract.messages import (
     Anomaly,
@@ -97,6 +98,8 @@ class LaneSpec(ModelSpec, frozen=True, omit_defaults=True, kw_only=True):
     """The lane's ``sinks`` tables; a change of them loads and fits nothing anew."""
     bypass: str = ""
     """While this file exists, no control is written."""
+    machine: Machine | None = None
+    """What mutes the lane; a change of it loads and fits nothing anew."""
 
 
 class ServeSpec(Struct, frozen=True, omit_defaults=True):
@@ -176,6 +179,10 @@ class LaneState(Struct, frozen=True, omit_defaults=True, tag="lane"):
     """Of a calibration, 0 to 1."""
     code: ErrorCode | None = None
     detail: Text = ""
+    machine: Literal["runs", "stopped", "settling", "unknown"] | None = None
+    """None where the lane knows of no machine."""
+    muted: Text = ""
+    """Why nothing is scored; empty while windows are."""
     sinks: tuple[SinkState, ...] = ()
     """As they were when the state was sent; what ails them is no fault of the lane."""
 

@@ -104,7 +104,7 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     "import.failed": ErrorSpec("The model could not be converted.", "See the detail."),
     "import.differs": ErrorSpec(
         "The converted model does not answer as the original does.",
-        "Look at the operators that differ, or state a wider tolerance.",
+        "Compare on rows of your own (--inputs), or allow a share of the values to differ (--differing).",
     ),
     # --- updates
     "update.metadata_invalid": ErrorSpec(

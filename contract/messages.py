@@ -226,6 +226,8 @@ class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):
     """Samples that did not come, came late or were out of range."""
     suppressed: Count = 0
     """Alarms for which no ``Anomaly`` was sent, since there were too many at once."""
+    muted: Count = 0
+    """Windows that were not scored, since the machine did not run."""
     activation: Count = 0
     variant: Name | None = None
     accelerator: Label | None = None

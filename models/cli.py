@@ -14,7 +14,7 @@ from rich.table import Table
 from contract.errors import PitheadError
 from contract.manifest import Manifest
 from inference.probing import DEFAULT_LIMITS, Limits
-from models import cli_optimise, package, shipped
+from models import cli_import, cli_optimise, package, shipped
 
 app = typer.Typer(
     add_completion=False,
@@ -319,3 +319,4 @@ def _exit(error: PitheadError) -> typer.Exit:
 
 
 cli_optimise.add_to(app, _console, _errors, _exit)
+cli_import.add_to(app, _exit)

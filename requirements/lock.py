@@ -28,6 +28,9 @@ PEERS = {
 }
 """Servers that `make bench-serving` measures beside ours."""
 
+CONVERTERS = {"import-scikit-learn": "scikit-learn==1.9.1\nskl2onnx==1.20.0\n"}
+"""For `pithead models import`: where a framework and its converter are, with no part of Pithead."""
+
 
 def compile_set(name: str, *arguments: str, stdin: str | None = None) -> None:
     """Write ``requirements/<name>.txt``."""
@@ -43,7 +46,7 @@ def main() -> None:
     compile_set("data", "--universal", "--no-deps", "-", stdin="river==0.26.1\n")
     compile_set("tflite-runtime", "-", stdin=TFLITE_RUNTIME)
     compile_set("openvino", "-", stdin=OPENVINO)
-    for name, wanted in (CLIENTS | PEERS).items():
+    for name, wanted in (CLIENTS | PEERS | CONVERTERS).items():
         compile_set(name, "-", stdin=wanted)
 
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from agent.core.machine import Machine
+from agent.core.serve_models import Client, ServedModel
 from contract.errors import PitheadError
 from contract.messages import Name
 from inference.accelerators import Custom, Resources
@@ -90,6 +92,9 @@ class Serve(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     tls_key_file: str | None = None
     memory_budget_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 0
     """For all served models together: the idle ones leave first. 0: no limit."""
+    models: dict[Name, ServedModel] = {}
+    clients: dict[str, Client] = {}
+    """By the name of their token; ``*`` for each without a table, ``mqtt`` for all that ask by a broker."""
     mqtt: ServeMqtt | None = None
 
 
@@ -101,6 +106,8 @@ class Lane(Struct, frozen=True, forbid_unknown_fields=True):
     source: SourceTable
     sinks: tuple[dict[str, Any], ...] = ()
     """Where results go beside the control plane (docs/sinks.md)."""
+    machine: Machine | None = None
+    """The state of the machine, which mutes the lane (docs/lanes.md)."""
 
 
 class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,16 +181,23 @@ def parse(
         if names.count(name) > 1:
             raise PitheadError("config.invalid", f"agent.toml: two lanes are named {name!r}", key="lanes")
     for lane in settings.lanes:
-        kind = lane.source.get("kind")
-        if kind not in SOURCE_KINDS and kind not in (more := tuple(more_kinds())):
-            said = "no source.kind" if kind is None else f"the source.kind {kind!r}"
-            raise PitheadError(
-                "config.invalid",
-                f"agent.toml: lane {lane.name!r} has {said}; there are {', '.join((*SOURCE_KINDS, *more))}",
-                key="source.kind",
-            )
+        _check_kind(lane.name, "source", lane.source, more_kinds)
+        if lane.machine is not None and lane.machine.source is not None:
+            _check_kind(lane.name, "machine.source", lane.machine.source, more_kinds)
         _check_sinks(lane, more_sinks)
     return settings
+
+
+def _check_kind(lane: str, place: str, table: SourceTable, more_kinds: Callable[[], Collection[str]]) -> None:
+    """Raise ``config.invalid`` for a source that nobody has."""
+    kind = table.get("kind")
+    if kind not in SOURCE_KINDS and kind not in (more := tuple(more_kinds())):
+        said = f"no {place}.kind" if kind is None else f"the {place}.kind {kind!r}"
+        raise PitheadError(
+            "config.invalid",
+            f"agent.toml: lane {lane!r} has {said}; there are {', '.join((*SOURCE_KINDS, *more))}",
+            key=f"{place}.kind",
+        )
 
 
 def _check_sinks(lane: Lane, more_sinks: Callable[[], Collection[str]]) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 from agent.engine.clock import Clock
 from agent.engine.sources import open_source
 from agent.engine.sources.base import Batch, Source, Table
+from agent.engine.sources.marks import Marks
 from contract.errors import PitheadError
 from contract.features import Statistics
 from contract.manifest import Pipeline
@@ -46,6 +47,7 @@ class Feed:
         self._lane, self._clock = lane, clock
         self._table: Table | None = None
         self._pipeline: Pipeline | None = None
+        self._marks: Marks | None = None
         self._key: tuple[object, ...] | None = None
         self._source: Source | None = None
         self._retry_s = FIRST_RETRY_S
@@ -54,20 +56,20 @@ class Feed:
         self.problem: PitheadError | None = None
         """Why there are no rows, until there are some again."""
 
-    def poll(self, table: Table, pipeline: Pipeline, limit: int) -> Batch | None:
-        """Return rows of the source that ``table`` describes, for the channels of ``pipeline``.
+    def poll(self, table: Table, pipeline: Pipeline, limit: int, marks: Marks | None = None) -> Batch | None:
+        """Return rows of the source that ``table`` describes, for the channels of ``pipeline``, and ``marks``.
 
         Opens it first where that is needed; a failure is kept in ``problem``.
         """
-        # Both are frozen, and nearly always the very ones of the poll before.
-        if table is not self._table or pipeline is not self._pipeline:
-            self._become(table, pipeline)
+        # All are frozen, and nearly always the very ones of the poll before.
+        if table is not self._table or pipeline is not self._pipeline or marks is not self._marks:
+            self._become(table, pipeline, marks)
         try:
             if self._source is None:
                 _check_rate(table, pipeline)
                 if self._retry_at is None or self._clock.mono() < self._retry_at:
                     return None
-                self._source = open_source(table, pipeline, self._clock)
+                self._source = open_source(table, pipeline, self._clock, marks)
                 self._fresh = True
             batch = self._source.poll(limit)
         except PitheadError as error:
@@ -87,9 +89,9 @@ class Feed:
             batch = replace(batch, continues=False)
         return batch
 
-    def _become(self, table: Table, pipeline: Pipeline) -> None:
-        self._table, self._pipeline = table, pipeline
-        key = table, needs(pipeline, table)
+    def _become(self, table: Table, pipeline: Pipeline, marks: Marks | None) -> None:
+        self._table, self._pipeline, self._marks = table, pipeline, marks
+        key = table, needs(pipeline, table), marks
         if key != self._key:
             self.close()
             self._key, self._retry_at, self._retry_s, self.problem = key, 0, FIRST_RETRY_S, None

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed, needs
 from agent.engine.loading import Loader, Served, key, load
+from agent.engine.machine import Judged, MachineFeed
 from agent.engine.outlet import Outlet
 from agent.engine.report import Reporter
 from agent.engine.sinks.tray import Tray
@@ -75,6 +76,7 @@ class Lane:
         self._broken: PitheadError | None = None
         """An error of the lane itself."""
         self._feed = Feed(spec.lane, clock)
+        self._machine = MachineFeed(spec.lane, clock, self._feed)
         self._sinks = Tray(spec.lane, clock)
         self._report = report or Reporter(spec.lane, bucket_s, outlet, clock, self._sinks)
         self.rows = 0
@@ -150,6 +152,7 @@ class Lane:
                 self._report.state(self._state(self._wanted))
                 self._wake.wait(LONGEST_PAUSE_S)
         self._feed.close()
+        self._machine.close()
         self._report.close(self._wanted, self._serving)
         self._sinks.stop()
         for served in (self._serving, self._candidate):
@@ -308,18 +311,19 @@ class Lane:
         leader = self._serving or self._candidate
         if leader is None:
             return
-        batch = self._feed.poll(wanted.source, leader.pipeline, _limit(leader))
+        batch = self._machine.poll(wanted.source, leader.pipeline, _limit(leader), wanted.machine)
         if batch is None:
             return
         self.rows += len(batch.t)
+        judged = self._machine.judge(batch)
         if self._candidate is not None:
-            self._collect(self._candidate, batch)
+            self._collect(self._candidate, batch, judged)
         if self._serving is not None:
-            self._score(self._serving, batch)
+            self._score(self._serving, batch, judged)
 
-    def _collect(self, served: Served, batch: Batch) -> None:
+    def _collect(self, served: Served, batch: Batch, judged: Judged) -> None:
         usable = served.bounds.usable(batch.values)
-        windows = served.windower.push(batch.values, usable, continues=batch.continues)
+        windows = served.windower.push(batch.values, usable, continues=batch.continues, muted=judged.unfit)
         if self._fitting or served.calibration is None:
             return
         if self._serving is None:
@@ -329,11 +333,13 @@ class Lane:
             self._fitting = True
             self._loader.submit(lambda: self._fit(served))
 
-    def _score(self, served: Served, batch: Batch) -> None:
+    def _score(self, served: Served, batch: Batch, judged: Judged) -> None:
         began = self._clock.mono()
         usable = served.bounds.usable(batch.values)
         self._report.missing(batch.lost + len(usable) - int(np.count_nonzero(usable)))
-        windows = served.windower.push(batch.values, usable, continues=batch.continues)
+        windows = served.windower.push(batch.values, usable, continues=batch.continues, muted=judged.muted)
+        if windows.muted:
+            self._report.muted(windows.muted)
         n = len(windows.starts)
         if not n:
             return
@@ -380,6 +386,8 @@ class Lane:
             )
         if not settled:
             state = replace(state, wanted_digest=wanted.digest, wanted_activation=wanted.activation)
+        if (mask := self._machine.mask) is not None:
+            state = replace(state, machine=mask.state, muted=mask.muted)
         if problem is not None:
             state = replace(state, code=problem.code, detail=problem.detail[:2000])
         return state

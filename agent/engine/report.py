@@ -84,6 +84,10 @@ class Reporter:
         """Count samples that did not come or cannot be used."""
         self._bucket.missing += samples
 
+    def muted(self, windows: int) -> None:
+        """Count windows that were left out because the machine does not run."""
+        self._bucket.muted += windows
+
     def tick(self, wanted: LaneSpec, serving: Served | None, bucket_s: float, queue: int) -> None:
         """Close the bucket when its time is over."""
         now = self._clock.wall()

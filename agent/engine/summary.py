@@ -87,6 +87,7 @@ class Bucket:
         self.alarms = 0
         self.missing = 0
         self.suppressed = 0
+        self.muted = 0
         self._latency = Gathered()
         self._score = Gathered()
 
@@ -108,6 +109,7 @@ class Bucket:
             alarms=self.alarms,
             missing=self.missing,
             suppressed=self.suppressed,
+            muted=self.muted,
             activation=head.activation,
             variant=head.variant,
             accelerator=head.accelerator,

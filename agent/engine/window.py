@@ -64,6 +64,8 @@ class Windows:
     """Number of each window; a hole is a window with an unusable row, or a break in the stream."""
     stride: int | None = None
     """Rows from one window to the next, where all are there; None where some were left out."""
+    muted: int = 0
+    """Windows that were left out because of a row that is muted."""
 
     @property
     def rows(self) -> Rows:
@@ -104,6 +106,8 @@ class Windower:
         self.window, self.stride, self.channels = window, stride, channels
         self._tail: Rows = np.empty((0, channels))
         self._tail_usable: NDArray[np.bool_] = np.empty(0, np.bool_)
+        self._tail_muted: NDArray[np.bool_] | None = None
+        """None where none is."""
         self._until_next = window
         self._ordinal = 0
         self._count = np.arange(COUNTED)
@@ -113,15 +117,26 @@ class Windower:
         """What two windowers must share for one to go on where the other stopped."""
         return self.window, self.stride, self.channels
 
-    def push(self, rows: Rows, usable: NDArray[np.bool_], *, continues: bool = True) -> Windows:
+    def push(
+        self,
+        rows: Rows,
+        usable: NDArray[np.bool_],
+        *,
+        continues: bool = True,
+        muted: NDArray[np.bool_] | None = None,
+    ) -> Windows:
         """Return the windows that ``rows`` completes.
 
         ``continues`` False says that rows are missing before this batch, so
-        no window may reach back over the gap.
+        no window may reach back over the gap. Rows that are ``muted`` are not
+        usable, and their windows are counted.
         """
         if not continues:
             self.reset()
+        if muted is not None and muted.any():
+            usable = usable & ~muted
         kept, n, stride = len(self._tail), len(rows), self.stride
+        quiet = self._quiet(kept, n, muted)
         good = np.concatenate([self._tail_usable, usable]) if kept else usable
         found = max(0, (n - self._until_next) // stride + 1)
         if found > len(self._count):
@@ -132,11 +147,11 @@ class Windower:
         self._ordinal += found
         self._until_next += found * stride - n
         starts = ends + (kept - self.window + 1) if self.window > 1 else ends
-        whole_grid = True
+        whole_grid, left_out = True, 0
         if found and not good.all():
-            bad_before = np.concatenate([[0], np.cumsum(~good)])
-            whole = bad_before[starts + self.window] == bad_before[starts]
+            whole = ~_touched(starts, self.window, ~good)
             whole_grid = bool(whole.all())
+            left_out = 0 if quiet is None else int(_touched(starts, self.window, quiet).sum())
             starts, ends, ordinals = starts[whole], ends[whole], ordinals[whole]
         parts = (self._tail, rows) if kept else (rows,)
         if self.window > 1:
@@ -144,11 +159,26 @@ class Windower:
             some = rows[max(0, n - keep) :]
             self._tail = np.concatenate([self._tail[kept + len(some) - keep :], some])
             self._tail_usable = good[len(good) - keep :].copy()
-        return Windows(parts, starts, ends, ordinals, stride if whole_grid else None)
+            self._tail_muted = None if quiet is None else quiet[len(good) - keep :].copy()
+        return Windows(parts, starts, ends, ordinals, stride if whole_grid else None, left_out)
+
+    def _quiet(self, kept: int, n: int, muted: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """Return which of the rows at hand are muted, None where none is."""
+        before = np.zeros(kept, np.bool_) if self._tail_muted is None else self._tail_muted
+        now = np.zeros(n, np.bool_) if muted is None else muted
+        return np.concatenate([before, now]) if before.any() or now.any() else None
 
     def reset(self) -> None:
         """Forget what came before; the next window needs ``window`` new rows."""
         self._tail = np.empty((0, self.channels))
         self._tail_usable = np.empty(0, np.bool_)
+        self._tail_muted = None
         self._until_next = self.window
         self._ordinal += 1
+
+
+def _touched(starts: NDArray[np.intp], window: int, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which windows hold at least one of ``rows``."""
+    before = np.concatenate([[0], np.cumsum(rows)])
+    found: NDArray[np.bool_] = before[starts + window] != before[starts]
+    return found

@@ -48,6 +48,9 @@ def _table_from(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 def _with_files(lane: Lane, directory: Path) -> Lane:
     lane = replace(lane, sinks=tuple(_table_from(sink, directory) for sink in lane.sinks))
+    if lane.machine is not None and lane.machine.source is not None:
+        aside = _table_from(lane.machine.source, directory)
+        lane = replace(lane, machine=replace(lane.machine, source=aside))
     source = _table_from(lane.source, directory)
     path = source.pop("tags_file", None)
     if path is None:

@@ -378,6 +378,7 @@ class World:
             binding=binding,
             sinks=lane.sinks,
             bypass=str(self.layout.bypass) if lane.sinks else "",
+            machine=lane.machine,
             **msgspec.structs.asdict(model),
         )
 

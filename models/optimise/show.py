@@ -16,6 +16,9 @@ HEAD: Final = (
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 420, 80, 60
 _RIGHT, _TOP = 30, 40
 _MAX_RADIUS, _MIN_RADIUS = 34.0, 6.0
+_STEPS: Final = {3.0: (1.0,), 1.0: (1.0, 2.0, 5.0)}
+"""By decades of an axis, above which these numbers of each are shown."""
+_FINEST: Final = tuple(i / 2 for i in range(2, 20))
 _EXACT: Final = 1e-6
 """Differences are shown from here on: a logarithm knows no 0."""
 
@@ -126,10 +129,12 @@ def _place(value: float, ends: tuple[float, float], start: float, stop: float) -
 
 
 def _ticks(ends: tuple[float, float]) -> list[float]:
+    """Return round numbers along an axis: the fewer decades it has, the more in each."""
     decades = range(math.floor(ends[0]), math.ceil(ends[1]) + 1)
-    steps = (1,) if ends[1] - ends[0] > 3 else (1, 2, 5)  # noqa: PLR2004 - decades with room for one number each
+    span = ends[1] - ends[0]
+    steps = next((s for most, s in _STEPS.items() if span > most), _FINEST)
     found = [step * 10.0**decade for decade in decades for step in steps]
-    return [value for value in found if ends[0] <= math.log10(value) <= ends[1]]
+    return [value for value in found if ends[0] <= math.log10(value) <= ends[1] and value >= _EXACT]
 
 
 def _axis(ends: tuple[float, float], *, along: bool) -> list[str]:

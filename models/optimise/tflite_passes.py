@@ -23,6 +23,7 @@ _SIGNATURE: Final = "serving_default"
 _VERSION_OF_FP16: Final = 3
 """Of DEQUANTIZE: the first that takes float16."""
 _PACKAGE: Final = "ai-edge-quantizer"
+_PARTS: Final = ("quantizer", "calibrator", "recipe", "recipe_manager", "utils.qsv_utils")
 
 
 def prune(content: bytes, share: float) -> bytes:
@@ -61,15 +62,14 @@ def fp16(content: bytes) -> bytes:
     return _written(model)
 
 
-def load_quantizer() -> Any:
+def load_quantizer() -> None:
     """Import ai-edge-quantizer, before a sandbox closes; raises ``optimise.tool_missing``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # The calibrator imports what it needs while it runs, unless somebody did before.
-            importlib.import_module("ai_edge_quantizer.calibrator")
-            importlib.import_module("ai_edge_quantizer.recipe")
-            return importlib.import_module("ai_edge_quantizer.quantizer")
+            # What is imported while it runs, a sandbox would forbid.
+            for name in _PARTS:
+                importlib.import_module(f"ai_edge_quantizer.{name}")
         except ImportError as error:
             raise PitheadError(
                 "optimise.tool_missing",
@@ -82,16 +82,22 @@ def int8(content: bytes, feeds: Sequence[dict[str, NDArray[Any]]]) -> bytes:
 
     ``feeds`` are whole calls: one array for each input tensor.
     """
-    quantizer = load_quantizer()
-    recipe = importlib.import_module("ai_edge_quantizer.recipe")
+    load_quantizer()
+    quantizer, calibrator, recipe, manager, statistics = (
+        importlib.import_module(f"ai_edge_quantizer.{name}") for name in _PARTS
+    )
     logging.disable(logging.CRITICAL)
     signed, names = _with_signature(content)
     samples = [{names[name]: array for name, array in feed.items()} for feed in feeds]
+    wanted = recipe.static_wi8_ai8()
+    recipes = manager.RecipeManager()
+    recipes.load_quantization_recipe(wanted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        work = quantizer.Quantizer(bytearray(signed), recipe.static_wi8_ai8())
-        found = work.calibrate({_SIGNATURE: samples}, num_threads=1)
-        made = work.quantize(found).quantized_model
+        # By default it averages the ranges of samples, and would cut off what only few of them reach.
+        work = calibrator.Calibrator(signed, num_threads=1, qsv_update_func=statistics.min_max_update)
+        work.calibrate({_SIGNATURE: samples}, recipes)
+        made = quantizer.Quantizer(bytearray(signed), wanted).quantize(work.get_model_qsvs()).quantized_model
     if made is None:
         raise PitheadError("optimise.failed", f"{_PACKAGE} gave no model")
     return bytes(made)

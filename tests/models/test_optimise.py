@@ -67,7 +67,7 @@ def test_a_package_becomes_its_next_version(built: Built, shuttle_rows: Path, tm
             "--techniques",
             "int8,fp16",
             "--tolerance",
-            "mean=0.3,flips=0.05",
+            "mean=0.05,flips=0.01",
             "--out",
             str(tmp_path),
             "--plot",
@@ -85,9 +85,10 @@ def test_a_package_becomes_its_next_version(built: Built, shuttle_rows: Path, tm
     for variant in report["variants"]:
         assert variant["latency_p99_us"] >= variant["latency_p50_us"] > 0
         assert variant["zstd_bytes"] > 0
+    # Anomalies are few: averaged ranges would cut them off, and flip one decision of forty.
     int8, fp16 = (v["loss"] for v in report["variants"][1:])
     assert fp16["of"] == "scores"
-    assert fp16["mean"] < 0.01 < int8["mean"] < 0.3
+    assert fp16["mean"] < int8["mean"] < 0.03
     assert 0.99 < int8["auc"] <= 1
     assert abs(int8["auc"] - int8["auc_original"]) < 0.005
     result = package.validate(written)
@@ -96,7 +97,7 @@ def test_a_package_becomes_its_next_version(built: Built, shuttle_rows: Path, tm
     assert after.release_counter == before.release_counter + 1
     assert after.variants[: len(before.variants)] == before.variants
     assert [v.quantisation for v in after.variants[3:]] == ["int8", "float16"]
-    assert after.provenance.parameters["tolerance.mean"] == 0.3
+    assert after.provenance.parameters["tolerance.mean"] == 0.05
     assert after.provenance.metrics["fp16-tflite.mean"] == pytest.approx(fp16["mean"], rel=1e-4)
     drawn = ET.fromstring(plot.read_text())  # noqa: S314 - written here
     shapes = [e.tag.rpartition("}")[2] for e in drawn.iter()]

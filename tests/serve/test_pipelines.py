@@ -1,6 +1,7 @@
 """Graphs of served models: what is checked before the first request, and what a request finds."""
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.core.settings import ServeMqtt
 from agent.engine.serve.catalogue import Limits
 from agent.engine.serve.configuration import Configuration, read
+from agent.engine.serve.messages import Responder
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.pipeline_plan import Interface, Spec, Step, plan
 from agent.engine.serve.repository import Candidate, Memory
@@ -21,6 +24,8 @@ from contract.errors import PitheadError
 from contract.manifest import TensorSpec
 from inference.registry import open_session
 from inference.reports import Placement
+from tests.engine.test_mqtt import CLOCK, MOSQUITTO, Broker
+from tests.engine.test_serving_mqtt import Asker
 from tests.serve import models
 from tests.serve.conftest import Served, binary, start, tensor, until
 from tests.serve.grpc_client import array, client, message
@@ -296,6 +301,37 @@ def test_a_step_that_fails_is_named_and_holds_nothing():
         assert (stats["fail"]["count"], stats["success"]["count"]) == (1, 0)
 
     run(test, spec(step("first", "a", "b"), step("second", "b", "c")), first=Fails(2), second=Watched(3))
+
+
+@pytest.mark.skipif(not MOSQUITTO.exists(), reason="mosquitto is not installed (make system)")
+def test_over_mqtt(tmp_path: Path):
+    broker = Broker(tmp_path)
+    asker = Asker(broker)
+
+    async def test(service: Service, _memory: Memory) -> None:
+        responder = Responder(ServeMqtt(port=broker.port), service, CLOCK)
+        loop = asyncio.get_running_loop()
+        try:
+            end = time.monotonic() + 20
+            while responder.state != "connected":
+                assert time.monotonic() < end
+                responder.tick(loop.time())
+                await asyncio.sleep(0.02)
+            body = json.dumps({"inputs": [tensor("a", "FP32", ones()["a"])]}).encode()
+            asker.ask(body, topic="pithead/infer/line")
+            answer = json.loads((await loop.run_in_executor(None, asker.answer)).payload)
+            assert (answer["model_name"], answer["outputs"][0]["name"]) == ("line", "c")
+            assert answer["outputs"][0]["data"] == [6.0] * 4
+        finally:
+            await responder.close()
+
+    try:
+        run(
+            test, spec(step("first", "a", "b"), step("second", "b", "c")), first=Watched(2), second=Watched(3)
+        )
+    finally:
+        asker.end()
+        broker.end()
 
 
 # ---- a real server

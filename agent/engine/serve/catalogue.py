@@ -24,7 +24,9 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent.engine.serve import policies
 from agent.engine.serve.background import Background
+from agent.engine.serve.cache import Cache, why_not
 from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate, Source, newest
@@ -64,6 +66,8 @@ class Limits(Struct, frozen=True):
     """Load nothing before its first request."""
     configuration: Configuration = Configuration()
     """What ``serve.toml`` says."""
+    learned: Path | None = None
+    """The file where bandits keep what they have learned; None: not across restarts."""
 
 
 class Version:
@@ -91,8 +95,10 @@ class Version:
 class Entry:
     """A model: its served versions, and the one that a request without a version gets."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, hidden: str = "") -> None:
         self.name = name
+        self._hidden = hidden
+        """The version that never answers a request which names none: a shadow."""
         self.versions: dict[str, Version] = {}
         self.unloaded = False
         """By request: its versions are known, but not served."""
@@ -101,7 +107,7 @@ class Entry:
     def default(self) -> Version | None:
         """The newest version that is in memory; else the newest."""
         first = None
-        for name in newest(list(self.versions)):
+        for name in newest([text for text in self.versions if text != self._hidden]):
             version = self.versions[name]
             if version.live is not None:
                 return version
@@ -242,11 +248,10 @@ class Catalogue:
         there = {c.version: c for c in self._available if c.name == name}
         if not there:
             return None
-        entry = self.entries.setdefault(name, Entry(name))
-        wanted = newest(list(there))
-        if self.limits.versions:
-            wanted = wanted[: self.limits.versions]
-        for text in wanted:
+        entry = self.entries.setdefault(
+            name, Entry(name, policies.said_of(self.limits.configuration, name).hidden)
+        )
+        for text in self._kept(name, list(there)):
             if text not in entry.versions:
                 entry.versions[text] = Version(there[text])
         for text, version in list(entry.versions.items()):
@@ -268,8 +273,10 @@ class Catalogue:
         """Return what went wrong; then what served before goes on."""
         candidate = version.candidate
         began = time.monotonic()
+        said = policies.said_of(self.limits.configuration, candidate.name)
+        cache_bytes = policies.cache_bytes(said)
         try:
-            opened, profile, memory = await self._loader.run(lambda: _open(candidate))
+            opened, profile, memory, cache = await self._loader.run(lambda: _open(candidate, cache_bytes))
         except PitheadError as error:
             version.reason = str(error)
             log.warning("model.not_loaded", extra={"facts": {"model": candidate.name, "why": str(error)}})
@@ -281,12 +288,12 @@ class Catalogue:
             self._closer.do(opened.session.close)
             self._forget(entry, version)
             return None
-        policy = version.policy or self.limits.policy
-        if opened.objective_ms is not None and version.policy is None:
+        policy = version.policy or policies.runs(said, self.limits.policy)
+        if opened.objective_ms is not None and version.policy is None and said.objective_ms is None:
             policy = replace(policy, objective_s=opened.objective_ms / 1000)
         old = version.live
         version.statistics = candidate.statistics or version.statistics
-        version.live = Live(candidate, opened, profile, policy, memory, version.statistics)
+        version.live = Live(candidate, opened, profile, policy, memory, version.statistics, cache)
         version.state, version.reason = State.READY, ""
         self.loads += 1
         self._retire_others(entry, version, old)
@@ -313,12 +320,19 @@ class Catalogue:
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
             self._retire(old)
-        ranked = newest([text for text, v in entry.versions.items() if self._offered(v.candidate)])
-        kept = ranked[: self.limits.versions or None]
+        offered = [text for text, v in entry.versions.items() if self._offered(v.candidate)]
+        kept = self._kept(entry.name, offered)
         for text, version in list(entry.versions.items()):
             if version is not new and text not in kept:
                 self._drop(version)
                 self._forget(entry, version)
+
+    def _kept(self, name: str, offered: Sequence[str]) -> list[str]:
+        """Return the versions that are served: the newest, and those that the configuration names."""
+        said = policies.said_of(self.limits.configuration, name)
+        ranked = newest([text for text in offered if text != said.hidden])
+        ranked = ranked[: self.limits.versions or None]
+        return ranked + [text for text in offered if text in said.named and text not in ranked]
 
     def _offered(self, candidate: Candidate) -> bool:
         """Whether a source has this version, as these bytes or others."""
@@ -343,14 +357,14 @@ class Catalogue:
             for version in entry.versions.values()
             if version.live is not None
         ]
-        used = sum(v.live.memory_bytes for _, v in lives if v.live is not None)
+        used = sum(v.live.all_bytes for _, v in lives if v.live is not None)
         for _, version in sorted(lives, key=lambda pair: pair[0]):
             live = version.live
             if used <= budget:
                 break
             if live is None or live is newcomer or live.in_flight:
                 continue
-            used -= live.memory_bytes
+            used -= live.all_bytes
             self._drop(version)
             version.state, version.reason = State.IDLE, "not in memory: its next request loads it"
             self.evictions += 1
@@ -412,6 +426,14 @@ class Catalogue:
         if lost:
             self.route()
 
+    def requests_wait(self) -> bool:
+        """Whether any request waits for a run."""
+        return any(
+            version.live is not None and version.live.runner.waiting
+            for entry in self.entries.values()
+            for version in entry.versions.values()
+        )
+
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; return whether that happened in time."""
         end = time.monotonic() + timeout_s
@@ -435,11 +457,15 @@ class Catalogue:
             thread.stop(0.0)
 
 
-def _open(candidate: Candidate) -> tuple[Opened, Profile, int]:
+def _open(candidate: Candidate, cache_bytes: int) -> tuple[Opened, Profile, int, Cache | None]:
     before = _rss()
     opened = candidate.open()
     profile = warm_up(opened.session, opened.inputs)
-    return opened, profile, max(opened.bytes, _rss() - before)
+    cache = Cache(cache_bytes) if cache_bytes else None
+    if cache is not None and (why := why_not(opened.session, opened.inputs)):
+        log.warning("model.answers_not_kept", extra={"facts": {"model": candidate.name, "why": why}})
+        cache = None
+    return opened, profile, max(opened.bytes, _rss() - before), cache
 
 
 def _rss() -> int:

@@ -166,6 +166,7 @@ def _app(options: argparse.Namespace) -> "App":
         memory_bytes=max(0, options.memory_budget) * _MB,
         lazy=options.lazy,
         configuration=configuration.read(options.models),
+        learned=options.models / configuration.LEARNED if options.models.is_dir() else None,
     )
     listen = app.Listen(
         host=options.host,

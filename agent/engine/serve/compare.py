@@ -54,7 +54,8 @@ def compare(
             continue
         a, b = ours.astype(np.float64), theirs.astype(np.float64)
         apart = _apart(a, b)
-        agrees = agrees and bool((apart <= tolerance.atol + tolerance.rtol * np.abs(a)).all())
+        near = np.isfinite(apart) & (apart <= tolerance.atol + tolerance.rtol * np.abs(a))
+        agrees = agrees and bool((near | (apart == 0)).all())
         largest = max(largest, float(apart.max(initial=0.0)))
         total += float(apart[np.isfinite(apart)].sum())
         values += apart.size

@@ -1,14 +1,17 @@
 """``serve.toml`` in a model directory: what is to be said of its models, all of it optional.
 
-Tables: ``[models.<name>...]`` for a model, ``[pipelines.<name>]`` for a graph of models.
+Tables: ``[models.<name>...]`` for a model, ``[clients.<name>]`` for who asks, ``[pipelines.<name>]`` for a
+graph of models.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from agent.core.serve_models import Client, ServedModel
 from agent.engine.serve.bandit import Bandit
 from agent.engine.serve.pipeline_plan import Spec
 from agent.engine.serve.shadow_settings import Shadow
@@ -16,20 +19,42 @@ from agent.engine.serve.split import Split
 from contract.errors import PitheadError
 
 NAME: Final = "serve.toml"
+LEARNED: Final = ".bandits.json"
+"""Beside it: what bandits have learned."""
 
 
-class Model(Struct, frozen=True, forbid_unknown_fields=True):
+class Model(ServedModel, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """``[models.<name>]``."""
 
+    versions: Annotated[int, Meta(ge=1)] | Literal["all"] | tuple[str | int, ...] | None = None
+    """The newest so many, all, or these; None: as for all models."""
     split: Split | None = None
     shadow: Shadow | None = None
     bandit: Bandit | None = None
+
+    @property
+    def steers(self) -> bool:
+        """Whether anything but the version policy decides who answers."""
+        return not (self.split is None and self.shadow is None and self.bandit is None)
+
+    @property
+    def hidden(self) -> str:
+        """The version that never answers a request which names none; empty where there is no such."""
+        return "" if self.shadow is None else self.shadow.version
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Versions that are served because they are named here."""
+        split = () if self.split is None else tuple(self.split.weights)
+        bandit = () if self.bandit is None else self.bandit.versions
+        return frozenset((*split, *bandit, self.hidden)) - {""}
 
 
 class Configuration(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     models: dict[str, Model] = {}
+    clients: dict[str, Client] = {}
     pipelines: dict[str, Spec] = {}
 
 
@@ -64,3 +89,10 @@ def parse(content: bytes, where: str = NAME) -> Configuration:
         if name in said.pipelines:
             raise PitheadError("config.invalid", f"{where}: {name!r} is a model and a pipeline")
     return said
+
+
+def of_device(models: Mapping[str, ServedModel], clients: Mapping[str, Client]) -> Configuration:
+    """Return what ``[serve]`` of ``agent.toml`` says; versions are the fleet's to choose."""
+    return Configuration(
+        {name: Model(**msgspec.structs.asdict(said)) for name, said in models.items()}, dict(clients)
+    )

@@ -106,6 +106,8 @@ def model_config(live: Live) -> dict[str, Any]:
             "runs": {"string_value": "inline" if live.runner.inline else "in a thread"},
         },
     }
+    if live.cache is not None:
+        config["response_cache"] = {"enable": True}
     if batches:
         config["dynamic_batching"] = {
             "preferred_batch_size": list(policy.preferred),
@@ -159,12 +161,12 @@ def wall_ms(monotonic_ns: int) -> int:
 
 
 def model_statistics(name: str, version: str, s: Statistics, last_ms: int) -> dict[str, Any]:
-    """Return one element of ``model_stats``."""
+    """Return one element of ``model_stats``; as Triton does, ``success`` and ``queue`` count hits too."""
 
     def duration(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
 
-    n = s.successes
+    n, runs = s.successes, s.successes - s.hits
     return {
         "name": name,
         "version": version,
@@ -175,19 +177,19 @@ def model_statistics(name: str, version: str, s: Statistics, last_ms: int) -> di
             "success": duration(n, s.total_ns),
             "fail": duration(s.failures, s.failures_ns),
             "queue": duration(n, s.queue_ns),
-            "compute_input": duration(n, s.input_ns),
-            "compute_infer": duration(n, s.infer_ns),
-            "compute_output": duration(n, s.output_ns),
-            "cache_hit": duration(0, 0),
-            "cache_miss": duration(0, 0),
+            "compute_input": duration(runs, s.input_ns),
+            "compute_infer": duration(runs, s.infer_ns),
+            "compute_output": duration(runs, s.output_ns),
+            "cache_hit": duration(s.hits, s.hits_ns),
+            "cache_miss": duration(s.misses, s.misses_ns),
         },
         "batch_stats": [
             {
                 "batch_size": rows,
-                "compute_input": duration(runs, 0),
-                "compute_infer": duration(runs, ns),
-                "compute_output": duration(runs, 0),
+                "compute_input": duration(count, 0),
+                "compute_infer": duration(count, ns),
+                "compute_output": duration(count, 0),
             }
-            for rows, (runs, ns) in sorted(s.batches.items())
+            for rows, (count, ns) in sorted(s.batches.items())
         ],
     }

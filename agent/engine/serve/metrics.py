@@ -14,6 +14,7 @@ from agent.engine.serve.http import Server
 from agent.engine.serve.pipeline import VERSION
 from agent.engine.serve.served import Live
 from agent.engine.serve.service import Service
+from agent.engine.serve.shadow import Counts
 from agent.engine.serve.statistics import BOUNDS_US, Statistics
 
 _GAUGES: Final[tuple[tuple[str, str, Callable[[Live], int]], ...]] = (
@@ -26,6 +27,29 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[Live], int]], ...]] = (
         lambda live: live.runner.batch_limit,
     ),
     ("pithead_model_memory_bytes", "Measured when it was loaded.", lambda live: live.memory_bytes),
+    (
+        "pithead_cache_bytes",
+        "Answers that are kept, and their questions.",
+        lambda live: 0 if live.cache is None else live.cache.bytes,
+    ),
+    (
+        "pithead_cache_entries",
+        "Answers that are kept.",
+        lambda live: 0 if live.cache is None else len(live.cache),
+    ),
+)
+_SHADOW: Final[tuple[tuple[str, str, str, Callable[[Counts], float]], ...]] = (
+    ("pithead_shadow_class_flips_total", "counter", "Rows with another class.", lambda c: c.flips),
+    ("pithead_shadow_classified_rows_total", "counter", "Rows looked at for it.", lambda c: c.rows),
+    ("pithead_shadow_difference_max", "gauge", "Largest absolute difference.", lambda c: c.largest),
+    ("pithead_shadow_difference_sum", "counter", "Of all absolute differences.", lambda c: c.total),
+    ("pithead_shadow_values_total", "counter", "Values compared.", lambda c: c.values),
+    ("pithead_shadow_cpu_seconds_total", "counter", "Measured cost.", lambda c: c.cpu_s),
+)
+_ARMS: Final = (
+    ("pithead_bandit_requests_total", "Answers, by version; across restarts.", "requests"),
+    ("pithead_bandit_rewards_total", "Rewards fed back.", "rewards"),
+    ("pithead_bandit_reward_sum", "Their sum.", "reward"),
 )
 
 
@@ -45,8 +69,10 @@ def _models(service: Service) -> Iterator[str]:
     counted = [(labels, v.statistics) for labels, v in versions]
     counted += [(_labels(p.name, VERSION), p.statistics) for p in service.pipelines]
     yield from _counters(counted)
+    yield from _caches(counted)
     yield from _histogram(counted)
     yield from _gauges(versions)
+    yield from _steering(service)
 
 
 def _versions(service: Service) -> list[tuple[str, Version]]:
@@ -82,6 +108,55 @@ def _counters(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
             ("output", s.output_ns),
         ):
             yield f'pithead_inference_seconds_total{{{labels},part="{part}"}} {ns * 1e-9:.9f}'
+
+
+def _steering(service: Service) -> Iterator[str]:
+    steered = list(service.steering)
+    if not steered:
+        return
+    yield from _head(
+        "pithead_steered_requests_total", "counter", "Requests that named no version, by version."
+    )
+    for each in steered:
+        for version, count in each.counts.items():
+            yield f"pithead_steered_requests_total{{{_labels(each.name, version)}}} {count}"
+    for name, words, attribute in _ARMS:
+        yield from _head(name, "counter", words)
+        for each in steered:
+            for version, arm in each.arms.items():
+                yield f"{name}{{{_labels(each.name, version)}}} {getattr(arm, attribute):g}"
+    yield from _shadows([(_escaped(s.name), s.shadowing.counts) for s in steered if s.shadowing is not None])
+
+
+def _shadows(shadows: Sequence[tuple[str, Counts]]) -> Iterator[str]:
+    yield from _head("pithead_shadow_requests_total", "counter", "Requests sampled for a shadow, by outcome.")
+    for model, c in shadows:
+        outcomes = {"agreed": c.agreed, "differed": c.compared - c.agreed, "failed": c.failed}
+        outcomes |= {"incomparable": c.incomparable, **{f"dropped_{why}": n for why, n in c.dropped.items()}}
+        for outcome, count in outcomes.items():
+            yield f'pithead_shadow_requests_total{{model="{model}",outcome="{outcome}"}} {count}'
+    for name, kind, words, value in _SHADOW:
+        yield from _head(name, kind, words)
+        for model, c in shadows:
+            yield f'{name}{{model="{model}"}} {value(c):.9g}'
+    yield from _head("pithead_shadow_seconds_total", "counter", "Time to answer what was compared.")
+    for model, c in shadows:
+        for side, ns in (("primary", c.primary_ns), ("shadow", c.shadow_ns)):
+            yield f'pithead_shadow_seconds_total{{model="{model}",side="{side}"}} {ns * 1e-9:.9f}'
+
+
+def _caches(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:
+    cached = [(labels, s) for labels, s in counted if s.hits or s.misses]
+    yield from _head("pithead_cache_requests_total", "counter", "Requests by whether their answer was kept.")
+    for labels, s in cached:
+        for outcome, count in (("hit", s.hits), ("miss", s.misses)):
+            yield f'pithead_cache_requests_total{{{labels},outcome="{outcome}"}} {count}'
+    yield from _head(
+        "pithead_cache_seconds_total", "counter", "Hits: all of it. Misses: to look and to keep."
+    )
+    for labels, s in cached:
+        for outcome, ns in (("hit", s.hits_ns), ("miss", s.misses_ns)):
+            yield f'pithead_cache_seconds_total{{{labels},outcome="{outcome}"}} {ns * 1e-9:.9f}'
 
 
 def _histogram(counted: Sequence[tuple[str, Statistics]]) -> Iterator[str]:

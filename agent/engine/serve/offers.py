@@ -76,12 +76,14 @@ class Record(Statistics):
         """Return what there was since the call before; ``head`` says what ran and when."""
         self._gather()
         good, failed, odd = self.answered, self.blamed, self.odd
-        timed = good > self._good
+        # What was kept was answered, but says nothing of how quick the model is.
+        latency = self._latency.build()
+        timed = good > self._good and latency.count > 0
         summary = msgspec.structs.replace(
             head,
             count=max(0, good - self._good),
             errors=failed - self._failed + odd - self._odd,
-            latency_us=self._latency.build() if timed else None,
+            latency_us=latency if timed else None,
             queue=queue,
         )
         self._good, self._failed, self._odd = good, failed, odd

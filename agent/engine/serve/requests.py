@@ -73,3 +73,5 @@ class InferResponse(Struct):
     parameters: Parameters = NO_PARAMETERS
     written: dict[str, Region] | None = None
     """Outputs that were written to shared memory: their values are not to be sent."""
+    cached: bool = False
+    """Nothing ran for it; clients are not told."""

@@ -35,6 +35,7 @@ STATUS: Final[Mapping[str, int]] = {
     "serve.model_lost": 503,
     "serve.timeout": 504,
     "serve.repository_unreadable": 500,
+    "serve.state_unwritable": 500,
     "inference.bad_input": 400,
     "inference.run_failed": 400,
     "auth.missing": 401,

@@ -4,7 +4,7 @@ Targets are parsed once; what was found is remembered by the target's bytes.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 from urllib.parse import unquote
 
 import msgspec
@@ -89,6 +89,8 @@ class Routes:
             "config": _get(self._config),
             "stats": _get(self._stats),
             "trace/setting": _get(self._trace) | _post(self._change_trace),
+            "steering": _get(self._steering),
+            "reward": _post(self._reward, admin=False),
             "infer": {},
         }
         self._of_repository: Mapping[str, Acts] = {"load": _post(self._load), "unload": _post(self._unload)}
@@ -185,6 +187,17 @@ class Routes:
     def _change_trace(self, call: Call) -> Answer:
         return _json(self._service.change_trace(call.document(), call.model))
 
+    def _steering(self, call: Call) -> Answer:
+        return _json(self._service.steering.find(call.model).document())
+
+    async def _reward(self, call: Call) -> Response:
+        try:
+            said = msgspec.convert(call.document(), _Reward)
+        except msgspec.ValidationError as error:
+            raise PitheadError("serve.bad_request", str(error)) from error
+        await self._service.steering.reward(call.model, said.id, said.reward)
+        return _json({})
+
     def _logging(self, _call: Call) -> Answer:
         return _json(self._service.settings.logging())
 
@@ -205,6 +218,11 @@ class Routes:
     def _unregister(self, call: Call) -> Answer:
         self._service.shared_memory.unregister(call.name)
         return _json({})
+
+
+class _Reward(msgspec.Struct):
+    id: Annotated[str, msgspec.Meta(min_length=1)]
+    reward: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class _Registration(msgspec.Struct):

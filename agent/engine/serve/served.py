@@ -9,6 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.engine.serve import tensors
+from agent.engine.serve.cache import Cache, question_of
 from agent.engine.serve.jobs import Job, Outputs
 from agent.engine.serve.opening import Opened
 from agent.engine.serve.repository import Candidate
@@ -53,10 +54,11 @@ class Live:
         policy: Policy,
         memory_bytes: int,
         statistics: Statistics,
+        cache: Cache | None = None,
     ) -> None:
         self.candidate, self.opened, self.profile, self.policy = candidate, opened, profile, policy
         self.memory_bytes = memory_bytes
-        self.statistics = statistics
+        self.statistics, self.cache = statistics, cache
         self.last_used_ns = time.monotonic_ns()
         if not opened.steady:
             profile = replace(profile, steady=False)
@@ -80,7 +82,15 @@ class Live:
     def retire(self, then: Callable[["Live"], None]) -> None:
         """Call ``then`` when the last request that was admitted is answered; admits none after this."""
         self._retired = then
+        if self.cache is not None:
+            self.cache.clear()
+            self.cache = None
         self._drained()
+
+    @property
+    def all_bytes(self) -> int:
+        """Of the session and of the answers that are kept."""
+        return self.memory_bytes + (0 if self.cache is None else self.cache.bytes)
 
     @property
     def labels(self) -> Mapping[str, tuple[str, ...]]:
@@ -110,6 +120,11 @@ class Live:
         began = time.monotonic_ns()
         inputs, rows, key, real = self._check(request)
         wanted = self._wanted(request)
+        if self.cache is not None:
+            kept = self._kept(self.cache, request, (inputs, wanted, real), done, began)
+            if kept is None:
+                return
+            done = kept
         timeout = request.timeout_us * 1000 if request.timeout_us else self._timeout_ns
         job = Job(inputs, rows, key, request.priority, began + timeout, (request, wanted, real, done, began))
         if self._plain:
@@ -123,6 +138,42 @@ class Live:
             self.statistics.refused += 1
             self._drained()
             raise
+
+    def _kept(
+        self,
+        cache: Cache,
+        request: InferRequest,
+        asked: tuple[dict[str, Array], tuple[str, ...] | None, bool],
+        done: Done,
+        began: int,
+    ) -> Done | None:
+        """Answer from what is kept and return None, or return what answers and keeps the answer."""
+        if "sequence_id" in request.parameters:
+            return done
+        inputs, wanted, real = asked
+        looked = time.monotonic_ns()
+        question = question_of(self._inputs, inputs, wanted, real=real)
+        found = cache.get(question)
+        now = time.monotonic_ns()
+        candidate = self.candidate
+        if found is not None:
+            self.last_used_ns = began
+            self.statistics.hit(now - began)
+            done(InferResponse(candidate.name, candidate.version, found, request.id, cached=True))
+            return None
+        looking = now - looked
+
+        def keep(answer: InferResponse | PitheadError) -> None:
+            if isinstance(answer, PitheadError):
+                done(answer)
+                return
+            outputs = answer.outputs  # who is told may put others in their place
+            done(answer)
+            start = time.monotonic_ns()
+            cache.put(question, inputs, outputs)
+            self.statistics.missed(looking + time.monotonic_ns() - start)
+
+        return keep
 
     def _check(self, request: InferRequest) -> tuple[dict[str, Array], int, Any, bool]:
         """Return the inputs as the session takes them, rows, batch key, and whether they were real values."""

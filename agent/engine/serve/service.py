@@ -20,6 +20,7 @@ import numpy as np
 from agent.engine.serve import describe, tensors
 from agent.engine.serve.catalogue import Catalogue, Limits, State, Version
 from agent.engine.serve.describe import IndexEntry, ModelMetadata, ServerMetadata
+from agent.engine.serve.ledger import Ledger
 from agent.engine.serve.pipelines import Pipelines
 from agent.engine.serve.repository import Source, newest
 from agent.engine.serve.requests import InferRequest, InferResponse, Region
@@ -28,6 +29,7 @@ from agent.engine.serve.runner import Policy
 from agent.engine.serve.served import Live
 from agent.engine.serve.settings import Settings
 from agent.engine.serve.shared_memory import SharedMemory
+from agent.engine.serve.steering import Steering
 from contract.errors import PitheadError
 from inference.session import Array
 
@@ -44,7 +46,8 @@ class Service:
     ) -> None:
         self.catalogue = Catalogue(sources, limits)
         self.pipelines = Pipelines(limits.configuration.pipelines, self.catalogue)
-        self.catalogue.overlays.append(self.pipelines.route)
+        self.steering = Steering(limits.configuration.models, self.catalogue, Ledger(limits.learned))
+        self.catalogue.overlays += (self.steering.route, self.pipelines.route)
         self.shared_memory = shared_memory or SharedMemory()
         self.settings = Settings()
         self.started = time.time()
@@ -67,12 +70,14 @@ class Service:
         await self.catalogue.drain(drain_s)
         if self._ticker is not None:
             self._ticker.cancel()
+        await self.steering.close()
         self.catalogue.close()
         self.shared_memory.close()
 
     def _tick(self) -> None:
         assert self._loop is not None
         self.catalogue.tick()
+        self.steering.tick()
         self._ticker = self._loop.call_later(TICK_S, self._tick)
 
     # ---- inference

@@ -23,8 +23,12 @@ class Statistics:
         "failures",
         "failures_ns",
         "histogram",
+        "hits",
+        "hits_ns",
         "infer_ns",
         "input_ns",
+        "misses",
+        "misses_ns",
         "output_ns",
         "queue_ns",
         "refused",
@@ -44,6 +48,10 @@ class Statistics:
         """Runs: a run that served three requests counts once."""
         self.total_ns = self.failures_ns = 0
         self.queue_ns = self.input_ns = self.infer_ns = self.output_ns = 0
+        self.hits = self.hits_ns = 0
+        """Requests that were answered with an answer that was kept; they are successes too."""
+        self.misses = self.misses_ns = 0
+        """Requests whose answer was looked for, made by a run, and kept; the time to look and to keep."""
         self.batches: dict[int, list[int]] = {}
         """By rows of a run: runs and their time."""
         self.histogram = [0] * (len(BOUNDS_US) + 1)
@@ -59,6 +67,19 @@ class Statistics:
         self.infer_ns += infer_ns
         self.output_ns += output_ns
         self.histogram[bisect_left(_BOUNDS_NS, total)] += 1
+
+    def hit(self, ns: int) -> None:
+        """Count a request that was answered without a run."""
+        self.successes += 1
+        self.total_ns += ns
+        self.hits += 1
+        self.hits_ns += ns
+        self.histogram[bisect_left(_BOUNDS_NS, ns)] += 1
+
+    def missed(self, ns: int) -> None:
+        """Count what it cost to look for an answer and to keep another one."""
+        self.misses += 1
+        self.misses_ns += ns
 
     def failed(self, total_ns: int, code: str = "") -> None:
         """Count a request that the model, or its waiting time, was too much for."""

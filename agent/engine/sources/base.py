@@ -33,6 +33,8 @@ class Batch:
     """Samples that should have come before or among these and did not."""
     continues: bool = True
     """False when this batch does not follow on the one before without a gap."""
+    marks: NDArray[np.float64] | None = None
+    """(rows, marks): what was read beside the channels; see ``sources.marks``."""
 
 
 class Source(Protocol):

@@ -29,8 +29,9 @@ from agent.engine.serve.tokens import Tokens, read
 from agent.engine.sources.base import Source, Table, settings
 from agent.engine.sources.inbox import MAX_WAITING
 from agent.engine.sources.loop import LoopSource
+from agent.engine.sources.marks import value_of
 from contract.errors import PitheadError
-from contract.manifest import Pipeline
+from contract.manifest import Channel, Pipeline
 
 PATH: Final = b"/samples"
 LINES: Final = {b"application/x-ndjson", b"application/ndjson", b"application/jsonl"}
@@ -106,8 +107,11 @@ def decoded(body: bytes | bytearray, content_type: bytes) -> Sequence[Row]:
 class Order:
     """Puts pushed rows into one stream: times that rise, and what is missing between them."""
 
-    def __init__(self, names: tuple[str, ...], rate_hz: float | None) -> None:
-        self._names = names
+    def __init__(
+        self, names: tuple[str, ...], rate_hz: float | None, channels: tuple[Channel, ...] | None = None
+    ) -> None:
+        """``channels`` say which of the names are marks."""
+        self._names, self._channels = names, channels or tuple(Channel(name) for name in names)
         self._period = None if rate_hz is None else 1e6 / rate_hz
         self._newest: int | None = None
 
@@ -145,7 +149,7 @@ class Order:
             found = row.values
             if len(found) != len(self._names):
                 raise Refused(400, f"row {number}: {len(found)} values for {len(self._names)} channels")
-        return [_number(v, number, name) for v, name in zip(found, self._names, strict=True)]
+        return [_number(v, number, c) for v, c in zip(found, self._channels, strict=True)]
 
 
 class Stretch(Struct):
@@ -155,16 +159,15 @@ class Stretch(Struct):
     lost: int
 
 
-def _number(value: object, number: int, name: str) -> float:
-    if value is None:
-        return float("nan")
-    if isinstance(value, bool | int | float):
-        try:
-            return float(value)
-        except OverflowError:
-            pass  # an integer of more than 308 digits
-    shown = repr(value)[:40]
-    raise Refused(400, f"row {number}: channel {name!r}: {shown} is not a number")
+def _number(value: object, number: int, channel: Channel) -> float:
+    try:
+        found = value_of(value, channel)
+    except OverflowError:
+        found = None  # an integer of more than 308 digits
+    if found is None:
+        shown = repr(value)[:40]
+        raise Refused(400, f"row {number}: channel {channel.name!r}: {shown} is not a number")
+    return found
 
 
 def _time(t: int | str | None, number: int, now: int) -> int | None:
@@ -192,11 +195,11 @@ class HttpSource(LoopSource):
     """A listener of its own."""
 
     def __init__(
-        self, given: HttpSettings, names: tuple[str, ...], rate_hz: float | None, clock: Clock
+        self, given: HttpSettings, channels: tuple[Channel, ...], rate_hz: float | None, clock: Clock
     ) -> None:
-        super().__init__(f"http {given.host}:{given.port}", len(names))
+        super().__init__(f"http {given.host}:{given.port}", len(channels))
         self._given, self._clock = given, clock
-        self._order = Order(names, rate_hz)
+        self._order = Order(tuple(c.name for c in channels), rate_hz, channels)
         self._tokens = None if given.tokens_file is None else _tokens(given.tokens_file)
         self._tls = _tls(given)
 
@@ -298,6 +301,6 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
             key="tokens_file",
         )
     rate = given.rate_hz or pipeline.sample_rate_hz
-    source = HttpSource(given, tuple(c.name for c in pipeline.channels), rate, clock)
+    source = HttpSource(given, pipeline.channels, rate, clock)
     source.start()
     return source

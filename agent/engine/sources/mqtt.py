@@ -5,10 +5,12 @@ list in the order of the channels, or a bare number where there is one
 channel. With ``topics`` each channel has a topic of its own with a bare
 number; a row is complete when every channel has a new value, and a second
 value of a channel before that replaces the first: the slowest channel sets the
-pace. A message that cannot be used counts as a missing sample.
+pace. A mark, such as the machine's state, waits for nothing: its last value
+stands in each row. A message that cannot be used counts as a missing sample.
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from typing import Any, Final, Literal
@@ -20,8 +22,9 @@ from agent.core.settings import LocalBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, settings
 from agent.engine.sources.broker import MAX_PAYLOAD, Connection, Topic
+from agent.engine.sources.marks import Mark, value_of
 from contract.errors import PitheadError
-from contract.manifest import Pipeline
+from contract.manifest import Channel, Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +51,21 @@ SETTINGS: Final = MqttSettings
 class Rows:
     """Turns messages into rows. Messages come on the client's thread, rows go on the lane's."""
 
-    def __init__(self, columns: tuple[str, ...], topics: tuple[str, ...] | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        columns: tuple[str, ...],
+        topics: tuple[str, ...] | None,
+        clock: Clock,
+        channels: tuple[Channel, ...] | None = None,
+    ) -> None:
+        """``channels`` say which columns are marks."""
         self._columns, self._clock = columns, clock
-        self._place = None if topics is None else {topic: i for i, topic in enumerate(topics)}
+        self._channels = channels or tuple(Channel(name) for name in columns)
+        self._samples = sum(not isinstance(c, Mark) for c in self._channels)
+        self._places: dict[str, list[int]] | None = None if topics is None else {}
+        for place, topic in enumerate(topics or ()):
+            assert self._places is not None
+            self._places.setdefault(topic, []).append(place)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[int, list[float]]] = deque()
         self._partial: dict[int, float] = {}
@@ -77,8 +92,8 @@ class Rows:
         """Take one message; one that cannot be used counts as a lost sample."""
         now = self._clock.wall()
         try:
-            value = _decoded(payload)
-            row = self._row(value) if self._place is None else self._part(topic, value)
+            value = self._decoded(topic, payload)
+            row = self._row(value) if self._places is None else self._part(topic, value)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             with self._lock:
                 self._lost += 1
@@ -95,24 +110,34 @@ class Rows:
                 self._lost += 1
                 self._gap = True
 
+    def _decoded(self, topic: str, payload: bytes) -> object:
+        try:
+            return _decoded(payload)
+        except msgspec.MsgspecError:
+            # A state alone on its topic may be a bare text.
+            places = [] if self._places is None else self._places.get(topic, [])
+            if not places or places[0] < self._samples:
+                raise
+            return payload.decode()
+
     def _row(self, value: object) -> list[float]:
         if isinstance(value, dict):
-            return [_number(value.get(name)) for name in self._columns]
+            return [_number(value.get(n), c) for n, c in zip(self._columns, self._channels, strict=True)]
         values = value if isinstance(value, list) else [value]
         if len(values) != len(self._columns):
             raise ValueError(f"{len(values)} values for {len(self._columns)} channels")
-        return [_number(v) for v in values]
+        return [_number(v, c) for v, c in zip(values, self._channels, strict=True)]
 
     def _part(self, topic: str, payload: object) -> list[float] | None:
-        assert self._place is not None
-        place = self._place.get(topic)
-        if place is None:
+        assert self._places is not None
+        n, places = self._samples, self._places.get(topic, [])
+        for place in places:
+            self._partial[place] = _number(payload, self._channels[place])
+        if not places or (n and places[0] >= n) or any(i not in self._partial for i in range(n)):
             return None
-        self._partial[place] = _number(payload)
-        if len(self._partial) < len(self._columns):
-            return None
-        row = [self._partial[i] for i in range(len(self._columns))]
-        self._partial.clear()
+        row = [self._partial.get(i, math.nan) for i in range(len(self._columns))]
+        for i in range(n):
+            del self._partial[i]
         return row
 
 
@@ -123,22 +148,22 @@ def _decoded(payload: bytes) -> object:
     return value
 
 
-def _number(value: object) -> float:
+def _number(value: object, channel: Channel) -> float:
     """Return a number; null and absent are a missing sample."""
-    if value is None:
-        return float("nan")
-    if isinstance(value, bool | int | float):
-        return float(value)
-    raise ValueError(f"{value!r} is not a number")
+    if (found := value_of(value, channel)) is None:
+        raise ValueError(f"{value!r} is not a number")
+    return found
 
 
 class MqttSource:
     """One connection. When it ends, ``poll`` raises, and the lane opens another after a while."""
 
-    def __init__(self, given: MqttSettings, columns: tuple[str, ...], clock: Clock) -> None:
-        self._rows = Rows(columns, given.topics, clock)
+    def __init__(
+        self, given: MqttSettings, columns: tuple[str, ...], channels: tuple[Channel, ...], clock: Clock
+    ) -> None:
+        self._rows = Rows(columns, given.topics, clock, channels)
         self._width = len(columns)
-        topics = given.topics or (given.topic or "",)
+        topics = tuple(dict.fromkeys(given.topics or (given.topic or "",)))
         self._connection = Connection(given, topics, self._rows.message, clock, qos=given.qos)
         self._connection.start()
 
@@ -183,4 +208,4 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
                 f"lanes.source.{name} names {len(names)}, the model has {channels} channels",
                 key=name,
             )
-    return MqttSource(given, columns, clock)
+    return MqttSource(given, columns, pipeline.channels, clock)

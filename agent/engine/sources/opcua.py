@@ -24,9 +24,10 @@ from agent.engine.sources.base import TICK_S, Source, Table, sample_rate, settin
 from agent.engine.sources.credentials import credentials
 from agent.engine.sources.hold import Hold
 from agent.engine.sources.loop import LoopSource
+from agent.engine.sources.marks import value_of
 from agent.engine.sources.tags import Address, addresses
 from contract.errors import PitheadError
-from contract.manifest import Pipeline
+from contract.manifest import Channel, Pipeline
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
@@ -72,9 +73,16 @@ SETTINGS: Final = OpcuaSettings
 class OpcuaSource(LoopSource):
     """One session with one subscription."""
 
-    def __init__(self, given: OpcuaSettings, tags: tuple[Address, ...], rate_hz: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        given: OpcuaSettings,
+        tags: tuple[Address, ...],
+        channels: tuple[Channel, ...],
+        rate_hz: float,
+        clock: Clock,
+    ) -> None:
         super().__init__(f"opcua {given.url}", len(tags))
-        self._given, self._tags, self._clock = given, tags, clock
+        self._given, self._tags, self._channels, self._clock = given, tags, channels, clock
         self._login = None if given.credentials_file is None else credentials(given.credentials_file)
         self._uri = None if given.certificate_file is None else application_uri(given.certificate_file)
         self._period_ms = 1000 / rate_hz
@@ -238,10 +246,8 @@ class OpcuaSource(LoopSource):
         self._hold.put(place, value, self._time(found), self._clock.wall())
 
     def _number(self, place: int, value: Any) -> float:
-        if isinstance(value, bool | int | float):
-            return float(value)
-        if value is None:
-            return math.nan
+        if (found := value_of(value, self._channels[place])) is not None:
+            return found
         tag = self._tags[place]
         raise PitheadError(
             "source.failed",
@@ -285,6 +291,6 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
                 raise PitheadError(
                     "config.invalid", f"lanes.source.{key} is missing: the security policy needs it", key=key
                 )
-    source = OpcuaSource(given, tags, sample_rate(given.rate_hz, pipeline), clock)
+    source = OpcuaSource(given, tags, pipeline.channels, sample_rate(given.rate_hz, pipeline), clock)
     source.start()
     return source

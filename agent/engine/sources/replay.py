@@ -22,11 +22,14 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.sources import numpy_file
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate, settings
+from agent.engine.sources.marks import Mark
 from contract.errors import PitheadError
-from contract.manifest import Hertz, Pipeline
+from contract.manifest import Channel, Hertz, Pipeline
 
 MISSING: Final = frozenset({"", "null", "none", "na", "n/a", "nan", "-"})
 """What tools write where there is no value, in small letters."""
+TEXTS: Final = frozenset({"string", "large_string", "string_view"})
+"""Parquet's types of a text."""
 MAX_VALUES: Final = 64_000_000
 """Rows x channels that a file may have; all of it is held in memory."""
 
@@ -129,7 +132,7 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
     rate = sample_rate(given.rate_hz, pipeline) * given.speed
     path = Path(given.path)
     try:
-        rows = _rows(path, columns)
+        rows = _rows(path, columns, pipeline.channels)
     except OSError as error:
         raise PitheadError("source.failed", f"{path}: {error.strerror or error}") from error
     if not len(rows):
@@ -137,15 +140,15 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
     return ReplaySource(rows, rate, given, clock)
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
+def _rows(path: Path, columns: tuple[str, ...], channels: tuple[Channel, ...]) -> NDArray[np.float64]:
     if path.suffix == ".parquet":
-        return _parquet(path, columns)
+        return _parquet(path, columns, channels)
     if path.suffix in {".npy", ".npz"}:
         return numpy_file.read(path, columns, MAX_VALUES)
-    return _csv(path, columns)
+    return _csv(path, columns, channels)
 
 
-def _csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
+def _csv(path: Path, columns: tuple[str, ...], channels: tuple[Channel, ...]) -> NDArray[np.float64]:
     """Read the columns of a CSV file with a header line; a cell of ``MISSING`` is a missing sample.
 
     Lines with nothing on them are left out, wherever they stand.
@@ -159,7 +162,7 @@ def _csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
                 if not any(map(str.strip, row)) and len(row) <= 1:
                     continue
                 try:
-                    values.extend([_cell(row[i]) for i in places])
+                    values.extend([_cell(row[i], c) for i, c in zip(places, channels, strict=True)])
                 except (ValueError, IndexError) as error:
                     raise PitheadError("source.failed", f"{path} line {reader.line_num}: {error}") from error
                 _check_size(path, len(values))
@@ -168,8 +171,10 @@ def _csv(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
     return np.frombuffer(values, np.float64).reshape(-1, len(columns))
 
 
-def _cell(text: str) -> float:
-    return math.nan if text.strip().lower() in MISSING else float(text)
+def _cell(text: str, channel: Channel) -> float:
+    if text.strip().lower() in MISSING:
+        return math.nan
+    return channel.texts.number(text.strip()) if isinstance(channel, Mark) else float(text)
 
 
 @contextmanager
@@ -183,7 +188,7 @@ def _text(path: Path) -> Iterator[io.TextIOBase]:
             yield plain
 
 
-def _parquet(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
+def _parquet(path: Path, columns: tuple[str, ...], channels: tuple[Channel, ...]) -> NDArray[np.float64]:
     try:
         parquet = import_module("pyarrow.parquet")
         errors = import_module("pyarrow.lib").ArrowException
@@ -197,8 +202,12 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> NDArray[np.float64]:
             _check_size(path, file.metadata.num_rows * len(columns))
             table = file.read(columns=list(dict.fromkeys(columns)), use_threads=False)
         rows = np.empty((table.num_rows, len(columns)))
-        for i, name in enumerate(columns):
-            rows[:, i] = table.column(name).cast("double").to_numpy()
+        for i, (name, channel) in enumerate(zip(columns, channels, strict=True)):
+            column = table.column(name)
+            if isinstance(channel, Mark) and str(column.type) in TEXTS:
+                rows[:, i] = [_cell(text or "", channel) for text in column.to_pylist()]
+            else:
+                rows[:, i] = column.cast("double").to_numpy()
     except errors as error:
         raise PitheadError("source.failed", f"{path}: {error}") from error
     return rows

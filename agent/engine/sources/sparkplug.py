@@ -22,9 +22,10 @@ from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate,
 from agent.engine.sources.broker import MAX_PAYLOAD, Connection
 from agent.engine.sources.hold import Hold
 from agent.engine.sources.inbox import Inbox
+from agent.engine.sources.marks import Mark
 from agent.engine.sources.tags import Address
 from contract.errors import PitheadError
-from contract.manifest import Pipeline
+from contract.manifest import Channel, Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,17 @@ SETTINGS: Final = SparkplugSettings
 class EdgeNode:
     """What is known of a node: births, aliases, and the sequence of its messages. Does no I/O."""
 
-    def __init__(self, metrics: tuple[str, ...], device: str | None, hold: Hold, *, own_time: bool) -> None:
+    def __init__(
+        self,
+        metrics: tuple[str, ...],
+        device: str | None,
+        hold: Hold,
+        *,
+        own_time: bool,
+        channels: tuple[Channel, ...] = (),
+    ) -> None:
+        """``channels`` say which metrics are marks, that may be texts."""
+        self._channels = channels or tuple(Channel(name) for name in metrics)
         self._places: dict[str, list[int]] = {}
         for place, name in enumerate(metrics):
             self._places.setdefault(name, []).append(place)
@@ -136,13 +147,17 @@ class EdgeNode:
             name = sample.name or (self._aliases.get(sample.alias) if sample.alias is not None else None)
             if name is None or name not in self._places or sample.historical:
                 continue
-            if sample.textual:
-                raise PitheadError("source.failed", f"metric {name!r} is no number")
-            value = sample.value(sample.datatype or self._datatypes[name])
             t = sample.t if self._own_time else None
             for place in self._places[name]:
-                self._hold.put(place, value, t, now)
+                self._hold.put(place, self._value(sample, name, self._channels[place]), t, now)
         return True
+
+    def _value(self, sample: payloads.Sample, name: str, channel: Channel) -> float:
+        if not sample.textual:
+            return sample.value(sample.datatype or self._datatypes[name])
+        if isinstance(channel, Mark) and sample.text is not None:
+            return channel.texts.number(sample.text)
+        raise PitheadError("source.failed", f"metric {name!r} is no number")
 
 
 def _death(payload: payloads.Payload) -> int | None:
@@ -156,13 +171,20 @@ class SparkplugSource:
     """One connection to the broker. Messages come on the client's thread, rows go on the lane's."""
 
     def __init__(
-        self, given: SparkplugSettings, metrics: tuple[str, ...], rate_hz: float, clock: Clock
+        self,
+        given: SparkplugSettings,
+        metrics: tuple[str, ...],
+        channels: tuple[Channel, ...],
+        rate_hz: float,
+        clock: Clock,
     ) -> None:
         self._given, self._clock = given, clock
         name = f"sparkplug {given.group}/{given.edge_node}"
         self._name = name if given.device is None else f"{name}/{given.device}"
         self._hold = Hold(self._name, len(metrics), rate_hz, round(given.delay_s * 1e6))
-        self._node = EdgeNode(metrics, given.device, self._hold, own_time=given.timestamps == "source")
+        self._node = EdgeNode(
+            metrics, given.device, self._hold, own_time=given.timestamps == "source", channels=channels
+        )
         self._inbox = Inbox(self._name, len(metrics))
         self._lock = threading.Lock()
         self._last_seen = clock.mono()
@@ -238,4 +260,4 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
     """Begin to connect; whether that works shows in ``poll``."""
     given = settings(table, SparkplugSettings)
     metrics = tuple(tag.address for tag in given.tags or ()) or tuple(c.name for c in pipeline.channels)
-    return SparkplugSource(given, metrics, sample_rate(given.rate_hz, pipeline), clock)
+    return SparkplugSource(given, metrics, pipeline.channels, sample_rate(given.rate_hz, pipeline), clock)

@@ -68,6 +68,8 @@ class Sample:
     """None is a value that is known to be missing."""
     textual: bool
     """Whether the value is no number."""
+    text: str | None = None
+    """The value, where it is a text."""
 
     def value(self, datatype: int) -> float:
         """Return the value, of the datatype that the birth gave; NaN where it is missing."""
@@ -132,6 +134,7 @@ def _samples(metrics: Any, sent_ms: int | None) -> Iterator[Sample]:
             historical=metric.is_historical,
             raw=None if missing or not kinds else getattr(metric, kinds[-1]),
             textual=not missing and not kinds,
+            text=metric.string_value if not missing and metric.HasField("string_value") else None,
         )
 
 

@@ -30,10 +30,12 @@ MESSAGES: Final[Table] = {
         "ensemble_scheduling 15 Ensemble of scheduling_choice",
         "parameters 14 map ConfigParameter",
         "backend 17 string",
+        "response_cache 24 ResponseCache",
     ),
     "ConfigInput": ("name 1 string", "data_type 2 DataType", "dims 4 many int64"),
     "ConfigOutput": ("name 1 string", "data_type 2 DataType", "dims 3 many int64"),
     "ConfigParameter": ("string_value 1 string",),
+    "ResponseCache": ("enable 1 bool",),
     "VersionPolicy": (
         "latest 1 LatestVersions of policy_choice",
         "all 2 AllVersions of policy_choice",

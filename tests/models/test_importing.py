@@ -1,0 +1,162 @@
+"""`pithead models import`: other frameworks' models, scikit-learn's by its real converter."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from contract.errors import PitheadError
+from models import importing, package
+from models.cli import app
+from tests.serve.environments import environment
+
+NAMING = ("--version", "1.0.0", "--licence", "MIT")
+TRAIN = """
+import sys
+import joblib, numpy as np
+from sklearn.ensemble import IsolationForest, RandomForestClassifier
+from sklearn.decomposition import PCA
+x = np.random.default_rng(0).standard_normal((200, 6))
+for name, model in {
+    "detector": IsolationForest(n_estimators=20, random_state=0).fit(x),
+    "states": RandomForestClassifier(n_estimators=9, random_state=0).fit(x, np.where(x[:, 0] > 0, "a", "b")),
+    "pca": PCA(n_components=2).fit(x),
+}.items():
+    joblib.dump(model, f"{sys.argv[1]}/{name}.joblib")
+"""
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["import", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def sklearn() -> str:
+    """Return an interpreter that has scikit-learn and skl2onnx."""
+    return str(environment("import-scikit-learn"))
+
+
+@pytest.fixture(scope="module")
+def trained(sklearn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory of estimators."""
+    folder = tmp_path_factory.mktemp("trained")
+    subprocess.run([sklearn, "-c", TRAIN, str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.timeout(600)  # the first time it installs what it needs
+@pytest.mark.parametrize(("name", "outputs"), [("detector", 2), ("states", 2), ("pca", 1)])
+def test_scikit_learn(name: str, outputs: int, sklearn: str, trained: Path, tmp_path: Path):
+    file = str(trained / f"{name}.joblib")
+    where = ("--python", sklearn, "--name", name, *NAMING, "--out", str(tmp_path))
+    status, out, err = call(file, "--trust-pickle", *where, "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["rows"] == 64
+    assert report["worst"] < 1e-5
+    assert "skl2onnx 1.20.0" in report["source"]
+    result = package.validate(Path(report["directory"]))
+    assert result.valid, result.detail
+    manifest = package.read_manifest(Path(report["directory"]))
+    assert len(manifest.variants[0].outputs) == outputs
+    assert manifest.variants[0].golden.vectors == 8
+    assert file.rpartition("/")[2] in manifest.provenance.source
+
+
+@pytest.mark.timeout(600)
+def test_given_rows_are_what_both_models_get(sklearn: str, trained: Path, tmp_path: Path):
+    np.save(tmp_path / "rows.npy", np.ones((5, 6), np.float32))
+    status, out, err = call(
+        *(
+            str(trained / "pca.joblib"),
+            "--trust-pickle",
+            "--python",
+            sklearn,
+            "--inputs",
+            str(tmp_path / "rows.npy"),
+        ),
+        *("--name", "pca", *NAMING, "--out", str(tmp_path)),
+    )
+    assert status == 0, err
+    assert "on 5 given rows" in out
+    status, _, err = call(
+        *(
+            str(trained / "pca.joblib"),
+            "--trust-pickle",
+            "--python",
+            sklearn,
+            "--inputs",
+            str(trained / "pca.joblib"),
+        ),
+        *("--name", "pca", *NAMING, "--out", str(tmp_path)),
+    )
+    assert status == 1
+    assert "inference.bad_input" in err
+
+
+def test_a_pickle_is_not_opened_unless_it_is_trusted(tmp_path: Path):
+    """This one would leave a trace."""
+    trace = tmp_path / "trace"
+    file = tmp_path / "model.pkl"
+    file.write_bytes(b"cbuiltins\nopen\n(V" + str(trace).encode() + b"\nVw\ntR.")
+    status, _, err = call(str(file), "--name", "x", *NAMING, "--out", str(tmp_path))
+    assert status == 1
+    assert "import.untrusted" in err
+    assert "--trust-pickle" in err
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("model.joblib", "pip install scikit-learn skl2onnx"),
+        ("model.pt2", "pip install torch onnx onnxscript"),
+        ("model.keras", "pip install tensorflow tf2onnx"),
+        ("saved", "pip install tensorflow tf2onnx"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_command(name: str, command: str, tmp_path: Path):
+    """None of these frameworks is in this environment."""
+    path = tmp_path / name
+    if path.suffix:
+        path.write_bytes(b"")
+    else:
+        path.mkdir()
+        (path / "saved_model.pb").write_bytes(b"")
+    status, _, err = call(str(path), "--trust-pickle", "--name", "x", *NAMING, "--out", str(tmp_path))
+    assert status == 1
+    assert "import.converter_missing" in err
+    assert command in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.txt"], "neither a SavedModel"),
+        (["away.pt2"], "is not there"),
+        (["model.pt2", "--shape", "1,x"], "is not like 1,3,32,32"),
+        (["model.pt2", "--python", "no-such-python"], "--python no-such-python"),
+    ],
+)
+def test_mistakes_are_answered_in_words(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.txt", "model.pt2"):
+        Path(name).write_bytes(b"")
+    status, _, err = call(*arguments, "--name", "x", *NAMING, "--out", "out")
+    assert status == 1
+    assert words in err
+
+
+def test_values_beyond_the_tolerance_are_counted():
+    want = [np.array([[1.0, 2.0], [3.0, 4.0]]), np.array(["a", "b"])]
+    worst, share = importing.compared(want, [np.array([[1.0, 2.001], [3.5, np.nan]])])
+    assert worst > 1e300
+    assert share == 0.5
+    with pytest.raises(PitheadError, match="do not correspond"):
+        importing.compared(want[:1], [])
