@@ -7,6 +7,7 @@ may take a task.
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Mapping
 from typing import Final
 
@@ -30,6 +31,7 @@ STATUS: Final[Mapping[str, int]] = {
     "serve.conflict": 409,
     "serve.too_large": 413,
     "serve.unsupported_encoding": 415,
+    "serve.rate_limited": 429,
     "serve.overloaded": 503,
     "serve.not_ready": 503,
     "serve.model_lost": 503,
@@ -78,7 +80,7 @@ class Rest:
             if route is None:
                 respond(failure(404, f"there is nothing at {request.target[:200].decode('latin-1')!r}"))
             elif route.infer and request.method == b"POST":
-                self._infer(request, route, respond)
+                self._infer(request, route, who, respond)
             else:
                 self._act(request, route, who, respond)
         except PitheadError as error:
@@ -89,27 +91,30 @@ class Rest:
 
     # ---- inference
 
-    def _infer(self, request: Request, route: Route, respond: Respond) -> None:
+    def _infer(self, request: Request, route: Route, who: Principal, respond: Respond) -> None:
         headers = request.headers
         encoding = headers.get(b"content-encoding")
         if encoding is not None:
             if len(request.body) > BIG:
-                self._later(request, self._infer_big(request, route, encoding, respond), respond)
+                self._later(request, self._infer_big(request, route, encoding, who, respond), respond)
                 return
             request.body = compression.inflate(request.body, encoding, self._body_limit)
-        self._infer_plain(request, route, respond)
+        self._infer_plain(request, route, who, respond)
 
-    async def _infer_big(self, request: Request, route: Route, encoding: bytes, respond: Respond) -> None:
+    async def _infer_big(
+        self, request: Request, route: Route, encoding: bytes, who: Principal, respond: Respond
+    ) -> None:
         request.body = await asyncio.get_running_loop().run_in_executor(
             None, compression.inflate, request.body, encoding, self._body_limit
         )
-        self._infer_plain(request, route, respond)
+        self._infer_plain(request, route, who, respond)
 
-    def _infer_plain(self, request: Request, route: Route, respond: Respond) -> None:
+    def _infer_plain(self, request: Request, route: Route, who: Principal, respond: Respond) -> None:
         headers = request.headers
         asked, wish = codec.decode(
             route.model, route.version, request.body, headers.get(b"inference-header-content-length")
         )
+        asked.client = who.name
         accept = headers.get(b"accept-encoding")
 
         def done(answer: InferResponse | PitheadError) -> None:
@@ -208,7 +213,7 @@ def refused(error: PitheadError) -> Response:
     if error.retryable:
         wait = error.facts.get("retry_after_s", 1)
         seconds = wait if isinstance(wait, int | float) else 1
-        response.head = b"retry-after: %d\r\n" % max(1, round(seconds))
+        response.head = b"retry-after: %d\r\n" % max(1, math.ceil(seconds))
     elif response.status == 401:  # noqa: PLR2004
         response.head = b'www-authenticate: Bearer realm="pithead"\r\n'
     return response
