@@ -198,6 +198,11 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     "serve.overloaded": ErrorSpec(
         "More is asked for than can be answered in time.", "Wait and try again.", retryable=True
     ),
+    "serve.rate_limited": ErrorSpec(
+        "The client, or all clients together, ask more often than was agreed.",
+        "Ask less often; the answer says when the next request is taken.",
+        retryable=True,
+    ),
     "serve.timeout": ErrorSpec(
         "The answer was not ready in time.", "Ask for less, or allow more time.", retryable=True
     ),

@@ -1,4 +1,4 @@
-"""What a lane knows of the machine that it watches: which tag says its state, and when that means that it runs.
+"""What a lane knows of the machine it watches: which tag says its state, and when that means that it runs.
 
 Pure types of the configuration: ``agent.engine.machine`` judges rows by them.
 """

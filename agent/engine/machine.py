@@ -1,4 +1,4 @@
-"""The machine that a lane watches: does it run, and what does that mute?
+"""The machine that a lane watches: whether it runs, and what that mutes.
 
 A model of a machine at work says nothing of one that stands, is set up, or
 has just begun. Rows of such times are left out of all windows, as rows with
@@ -171,7 +171,7 @@ def _interval(value: Value, numbers: dict[str, float], texts: Texts) -> tuple[fl
 
 
 def _last_known(values: Reals, t: Times) -> tuple[Reals, Times]:
-    """Return for each value but the first the last that is not NaN, and its time; the first is the one before."""
+    """Return for each value but the first the last not NaN, and its time; the first is from before."""
     place = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))[1:]
     return values[place], t[place]
 

@@ -9,8 +9,10 @@ import msgspec
 import pytest
 
 from agent.core import health
+from agent.core.serve_models import ServedModel
 from agent.core.settings import AgentSettings, Lane, Serve, ServeMqtt, overridden, parse
 from agent.core.slots import Serving, Slots
+from agent.engine.serve import configuration
 from agent.ports import Configure, FromEngine, LaneState, ServeSpec, ServeState, ToEngine
 from agent.service import events, status
 from agent.service.reporting import Reporter
@@ -54,6 +56,10 @@ def serves(bench: Bench, *lanes: Lane, serve: Serve = SERVE) -> None:
         ({"mqtt": {"prefix": "$SYS/infer"}}, "prefix"),
         ({"mqtt": {"qos": 3}}, "qos"),
         ({"mqtt": {"concurrency": 0}}, "concurrency"),
+        ({"models": {"pump": {"cash_mb": 1}}}, "cash_mb"),
+        ({"models": {"pump": {"versions": 2}}}, "versions"),
+        ({"models": {"pump": {"burst": 2}}}, "burst is given without rate"),
+        ({"clients": {"*": {"rate": 0}}}, "rate"),
     ],
 )
 def test_what_cannot_be_served_is_named(table: dict[str, Any], named: str):
@@ -310,7 +316,8 @@ def test_its_state_goes_over_the_wire():
 
 def test_the_page_shows_every_setting_and_its_examples_hold():
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
-    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    found_blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    blocks = [block for block in found_blocks if not block.startswith("# serve.toml\n")]
     text = re.sub(r"^# ", "", "\n".join(blocks), flags=re.MULTILINE)
     table = tomllib.loads(text)
     found = parse(table).serve
@@ -319,3 +326,9 @@ def test_the_page_shows_every_setting_and_its_examples_hold():
     assert set(table["serve"]["mqtt"]) == set(ServeMqtt.__struct_fields__)
     plain = tomllib.loads("\n".join(blocks))
     assert parse(plain).serve == Serve(enabled=True, mqtt=ServeMqtt())
+    (other,) = (block for block in found_blocks if block not in blocks)
+    said = configuration.parse(other.encode())
+    one = tomllib.loads(other)["models"]["pump"]
+    assert set(one) == {*ServedModel.__struct_fields__, "versions"}
+    assert said.models["pump"].cache_mb == 8
+    assert said.clients["boss"].rate is None

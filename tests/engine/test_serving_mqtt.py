@@ -15,6 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from agent.core.serve_models import Client, ServedModel
 from agent.core.settings import Serve, ServeMqtt
 from agent.engine.serve.catalogue import Limits
 from agent.engine.serve.messages import Counts, Responder, usable
@@ -24,7 +25,7 @@ from agent.engine.serve.service import Service
 from agent.ports import ServeSpec, ServeState
 from tests.engine.conftest import Engine, Package, Supervisor, until
 from tests.engine.test_mqtt import CLOCK, MOSQUITTO, Broker
-from tests.engine.test_serving_slots import model, package, question, until_serves
+from tests.engine.test_serving_slots import ask, model, package, question, said_of, until_serves
 
 pytestmark = pytest.mark.skipif(not MOSQUITTO.exists(), reason="mosquitto is not installed (make system)")
 
@@ -182,6 +183,25 @@ def test_what_cannot_be_answered_is_said_in_the_protocols_form(
     assert users(found)["error-code"] == code
     assert found.properties is not None
     assert found.properties.CorrelationData == b"7"
+
+
+def test_limits_of_a_device_hold_for_its_broker_and_for_its_models(
+    engine: Engine, made: Package, broker: Broker, asker: Asker
+):
+    rarely = {"rate": 0.001, "burst": 2}
+    limits = {"clients": {"mqtt": Client(**rarely)}, "models": {"demo": ServedModel(**rarely | {"burst": 3})}}
+    serve = Serve(enabled=True, http_port=0, mqtt=ServeMqtt(port=broker.port), **limits)
+    supervisor = engine.connect()
+    supervisor.configure(serve=ServeSpec(serve, (model(made),)))
+    state = until_serves(supervisor, model(made), mqtt="connected")
+    answers = []
+    for _ in range(3):
+        asker.ask(body(made))
+        answers.append(asker.answer())
+    assert [users(a).get("error-code", "") for a in answers] == ["", "", "serve.rate_limited"]
+    assert json.loads(answers[2].payload)["error"].startswith("serve.rate_limited: client 'mqtt' may ask")
+    assert [ask(state.url, made)[0] for _ in range(2)] == [200, 429]
+    assert said_of(supervisor).errors == 0  # a limit says nothing of the model
 
 
 def test_nobody_to_answer_to_is_counted(engine: Engine, made: Package, broker: Broker, asker: Asker):

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from agent.core.serve_models import ServedModel
 from agent.core.settings import Serve
 from agent.engine.serve.tokens import new
 from agent.ports import LaneState, ModelSpec, ServeSpec, ServeState
@@ -264,6 +265,32 @@ def test_what_an_old_version_answers_long_after_the_swap_is_counted(engine: Engi
     asking.join(20)
     assert [(status, said["model_version"]) for status, said in answers] == [(200, "1.0.0")]
     supervisor.until(lambda: [s.version for s in served(supervisor) if s.count] == ["1.0.0"], "it is counted")
+
+
+def test_kept_answers_count_as_answers_but_not_as_latencies_and_end_with_their_activation(
+    engine: Engine, tmp_path: Path
+):
+    kept = settings(models={"demo": ServedModel(cache_mb=1, max_batch=1)})
+    old, new = package(tmp_path, "1.0.0"), package(tmp_path, "1.0.1", constant(2.0))
+    supervisor = engine.connect()
+    supervisor.configure(serve=ServeSpec(kept, (model(old),)), bucket_s=3600.0)
+    url = until_serves(supervisor, model(old)).url
+    answers = [ask(url, old) for _ in range(20)]
+    supervisor.configure(serve=ServeSpec(kept, (model(new, 2),)), bucket_s=3600.0)
+    until_serves(supervisor, model(new, 2))
+    answers += [ask(url, new) for _ in range(5)]
+    supervisor.configure(serve=ServeSpec(kept, (model(new, 3),)), bucket_s=3600.0)
+    until_serves(supervisor, model(new, 3))
+    answers += [ask(url, new) for _ in range(5)]
+    assert [(status, said["outputs"][0]["data"][0]) for status, said in answers] == [(200, 1.0)] * 20 + [
+        (200, 2.0)
+    ] * 10
+    supervisor.configure(serve=ServeSpec(kept, (model(new, 3),)), bucket_s=1800.0)
+    supervisor.until(lambda: sum(s.count for s in served(supervisor)) == 30, "all are counted")
+    found = {s.activation: s for s in served(supervisor) if s.count}
+    assert {a: s.count for a, s in found.items()} == {1: 20, 2: 5, 3: 5}
+    assert [s.latency_us.count for s in found.values() if s.latency_us is not None] == [1, 1, 1]
+    assert not any(s.errors for s in found.values())
 
 
 def test_a_model_without_a_pipeline_is_served_and_counted(engine: Engine, tmp_path: Path):

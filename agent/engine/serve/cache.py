@@ -107,8 +107,8 @@ def size_of(arrays: Iterable[Array]) -> int:
 
 
 def _finite(arrays: Iterable[Array]) -> bool:
-    for array in arrays:
-        # A third of the time of `all`, which counts where the run itself takes 10 us.
+    for array in arrays:  # noqa: SIM110 - a generator costs more than the loop
+        # Looking for a 0 takes a third of the time of numpy's `all`.
         if array.dtype.kind == "f" and b"\0" in np.isfinite(array).tobytes():
             return False
     return True

@@ -144,6 +144,8 @@ class Catalogue:
         if entry is None or entry.unloaded:
             raise PitheadError("serve.unknown_model", f"no model {name[:200]!r} is served", model=name[:200])
         found = entry.versions.get(version) if version else entry.default
+        if found is None and not version:
+            raise PitheadError("serve.unknown_model", f"no version of model {name!r} is served", model=name)
         if found is None:
             raise PitheadError(
                 "serve.unknown_model",
@@ -197,8 +199,29 @@ class Catalogue:
             if error is not None:
                 raise PitheadError("serve.not_ready", f"{name}: {error}", model=name)
 
-    async def load(self, name: str, policy: Policy | None = None) -> None:
-        """Serve a model's newest versions, loading again those whose bytes or policy have changed.
+    async def reconfigure(self, configuration: Configuration) -> None:
+        """Let another configuration hold: what it changes of a model is loaded anew, beside the old one."""
+        before = self.limits.configuration
+        self.limits = replace(self.limits, configuration=configuration)
+        for name, entry in list(self.entries.items()):
+            said, now = policies.said_of(before, name), policies.said_of(configuration, name)
+            anew = policies.anew(said, now)
+            if entry.unloaded or not (anew or said.versions != now.versions):
+                continue
+            # What is being loaded began with what was said before.
+            loading = [v.loading for v in entry.versions.values() if v.loading is not None]
+            await asyncio.gather(*loading)
+            try:
+                await self.load(name, anew=anew)
+            except PitheadError as error:
+                facts = {"facts": {"model": name, "why": error.detail}}
+                log.warning("model.not_loaded", extra=facts)
+            self._leave(entry)
+
+    async def load(self, name: str, policy: Policy | None = None, *, anew: bool = False) -> None:
+        """Serve the versions that the policy wants, loading again those whose bytes or policy have changed.
+
+        ``anew`` loads all of them again.
 
         Returns when it is done. Raises ``serve.unknown_model``, or what loading raised.
         """
@@ -216,7 +239,9 @@ class Catalogue:
             if policy is not None:
                 version.policy = policy
             live = version.live
-            changed = live is None or live.candidate.identity != current.identity or policy is not None
+            changed = (
+                live is None or live.candidate.identity != current.identity or policy is not None or anew
+            )
             version.candidate = current
             if changed:
                 tasks.append(self._load_anew(entry, version))
@@ -248,9 +273,12 @@ class Catalogue:
         there = {c.version: c for c in self._available if c.name == name}
         if not there:
             return None
-        entry = self.entries.setdefault(
-            name, Entry(name, policies.said_of(self.limits.configuration, name).hidden)
-        )
+        said = policies.said_of(self.limits.configuration, name)
+        entry = self.entries.setdefault(name, Entry(name, said.hidden))
+        only = policies.specific(said) or ()
+        if missing := [text for text in only if text not in there]:
+            facts = {"facts": {"model": name, "versions": ", ".join(missing)}}
+            log.warning("model.versions_missing", extra=facts)
         for text in self._kept(name, list(there)):
             if text not in entry.versions:
                 entry.versions[text] = Version(there[text])
@@ -320,18 +348,32 @@ class Catalogue:
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
             self._retire(old)
-        offered = [text for text, v in entry.versions.items() if self._offered(v.candidate)]
-        kept = self._kept(entry.name, offered)
+        kept = self._kept_of(entry)
         for text, version in list(entry.versions.items()):
             if version is not new and text not in kept:
                 self._drop(version)
                 self._forget(entry, version)
 
+    def _leave(self, entry: Entry) -> None:
+        """Serve no more what the policy does not want, where something that it wants can answer."""
+        kept = self._kept_of(entry)
+        if not any(version.ready for text, version in entry.versions.items() if text in kept):
+            return
+        for text, version in list(entry.versions.items()):
+            if text not in kept:
+                self._drop(version)
+                self._forget(entry, version)
+        self.route()
+
+    def _kept_of(self, entry: Entry) -> list[str]:
+        offered = [text for text, v in entry.versions.items() if self._offered(v.candidate)]
+        return self._kept(entry.name, offered)
+
     def _kept(self, name: str, offered: Sequence[str]) -> list[str]:
-        """Return the versions that are served: the newest, and those that the configuration names."""
+        """Return the versions that are served: by the policy, and those that the configuration steers to."""
         said = policies.said_of(self.limits.configuration, name)
-        ranked = newest([text for text in offered if text != said.hidden])
-        ranked = ranked[: self.limits.versions or None]
+        shown = [text for text in offered if text != said.hidden]
+        ranked = policies.served(said, self.limits.versions, shown)
         return ranked + [text for text in offered if text in said.named and text not in ranked]
 
     def _offered(self, candidate: Candidate) -> bool:

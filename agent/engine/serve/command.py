@@ -71,7 +71,13 @@ def parser() -> argparse.ArgumentParser:
         help="for headers, body, idleness and reading; default: 10, 60, 75, 30",
     )
     models = made.add_argument_group("models")
-    models.add_argument("--versions", type=int, default=1, metavar="N", help="newest N of each model; 0: all")
+    models.add_argument(
+        "--versions",
+        type=_versions,
+        default=1,
+        metavar="N",
+        help="newest N of each model, or all; default: 1",
+    )
     models.add_argument(
         "--memory-budget", type=int, default=0, metavar="MB", help="for all models; 0: no limit"
     )
@@ -106,6 +112,11 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
+def _versions(text: str) -> int:
+    """Return how many of the newest versions are served; 0: all."""
+    return 0 if text == "all" else int(text)
+
+
 def _new_token(name: str, role: str) -> int:
     from agent.engine.serve import tokens  # noqa: PLC0415 - what is not needed costs nothing
 
@@ -128,6 +139,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 async def _main(options: argparse.Namespace) -> None:
+    from agent.engine.serve import reread  # noqa: PLC0415 - see _serve
+
     app = _app(options)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -138,7 +151,9 @@ async def _main(options: argparse.Namespace) -> None:
         also = f"; gRPC on {app.grpc_address}" if app.grpc_address else ""
         sys.stdout.write(f"Listening on {app.url} (Open Inference Protocol v2, metrics at /metrics){also}\n")
         sys.stdout.flush()
+        following = asyncio.create_task(reread.follow(options.models, app.service))
         await stop.wait()
+        following.cancel()
     finally:
         await app.stop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -83,10 +83,10 @@ def _metadata(specs: tuple[TensorSpec, ...]) -> tuple[TensorMetadata, ...]:
     return tuple(TensorMetadata(s.name, s.datatype, s.shape) for s in specs)
 
 
-def model_config(live: Live) -> dict[str, Any]:
+def model_config(live: Live, versions: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration in the form of Triton's ``ModelConfig``, which its clients read.
 
-    With batching the first dimension is not among ``dims``, as there.
+    ``versions`` is its version policy. With batching the first dimension is not among ``dims``, as there.
     """
     batches = live.runner.batches
     policy = live.policy
@@ -95,7 +95,7 @@ def model_config(live: Live) -> dict[str, Any]:
         "name": live.candidate.name,
         "platform": live.candidate.platform,
         "backend": live.candidate.platform.partition("_")[0],
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": versions,
         "max_batch_size": policy.max_batch if batches else 0,
         "input": _dims(live.opened.inputs, batches=batches),
         "output": _dims(live.opened.outputs, batches=batches),

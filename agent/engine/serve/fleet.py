@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from agent.core.settings import Serve
 from agent.engine.serve import app as apps
-from agent.engine.serve import tokens
+from agent.engine.serve import configuration, tokens
 from agent.engine.serve.app import App, Listen
 from agent.engine.serve.catalogue import Limits, State, Version
 from agent.engine.serve.messages import Responder
@@ -131,7 +131,10 @@ class Fleet:
 
     def _make(self) -> App:
         said = self._settings
-        limits = Limits(memory_bytes=said.memory_budget_mb * _MB)
+        limits = Limits(
+            memory_bytes=said.memory_budget_mb * _MB,
+            configuration=configuration.of_device(said.models, said.clients),
+        )
         listen = Listen(
             host=said.host,
             http_port=said.http_port,

@@ -199,6 +199,8 @@ class _Handlers:
             request, wish = self._templates.decode(data)
         except tensors.TooMuchAtOnceError:
             request, wish = await self._loop.run_in_executor(None, grpc_codec.decode, data)
+        if self._service.rates is not None:
+            request.client = self._who(context.invocation_metadata()).name
         self._hurry(request, context)
         return self._templates.encode(await self._service.infer(request), wish)
 
@@ -219,7 +221,12 @@ class _Handlers:
         self._open[task] = float("inf")
         metadata = tuple(context.invocation_metadata() or ())
         strict = any((key, value) == _STRICT for key, value in metadata)
-        stream = Stream(self._service, context, self._limits.read_s, strict=strict)
+        try:
+            client = self._who(metadata).name
+        except PitheadError as error:  # the tokens have changed since the call began
+            self._open.pop(task, None)
+            await self._refuse(context, error)
+        stream = Stream(self._service, context, self._limits.read_s, client, strict=strict)
         self._streams.add(stream)
         if self._ending:
             stream.end()

@@ -31,8 +31,9 @@ class _Asked(NamedTuple):
 class Stream:
     """One stream. ``failed`` is what it is to end with, once ``run`` has returned."""
 
-    def __init__(self, service: Service, context: Any, read_s: float, *, strict: bool) -> None:
+    def __init__(self, service: Service, context: Any, read_s: float, client: str, *, strict: bool) -> None:
         self._service, self._context, self._read_s, self._strict = service, context, read_s, strict
+        self._client = client
         self._loop = asyncio.get_running_loop()
         self._asked: asyncio.Queue[_Asked | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(AHEAD)
@@ -83,6 +84,7 @@ class Stream:
         except PitheadError as error:
             done(error)
             return _Asked(future, RAW, grpc_codec.identity_of(data))
+        request.client = self._client
         self._service.submit(request, done)
         return _Asked(future, wish, request.id)
 

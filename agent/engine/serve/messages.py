@@ -28,6 +28,7 @@ from agent.engine.clock import Clock
 from agent.engine.serve import codec
 from agent.engine.serve.requests import InferResponse
 from agent.engine.serve.service import Service
+from agent.engine.serve.tokens import BY_BROKER
 from agent.engine.sources.broker import Connection
 from contract.errors import PitheadError
 
@@ -290,6 +291,7 @@ class Responder:
         try:
             model = ask.topic[len(self._given.prefix) + 1 :]
             request, wish = codec.decode(model, "", ask.payload, ask.header)
+            request.client = BY_BROKER.name
         except PitheadError as error:
             self._send(ask, *failure(ask, error))
             return

@@ -56,7 +56,8 @@ _ARMS: Final = (
 def render(service: Service, server: Server) -> bytes:
     """Return the page."""
     return (
-        "\n".join([*_models(service), *_process(service), *_http(server), *_grpc(service)]) + "\n"
+        "\n".join([*_models(service), *_rates(service), *_process(service), *_http(server), *_grpc(service)])
+        + "\n"
     ).encode()
 
 
@@ -177,6 +178,13 @@ def _gauges(versions: Sequence[tuple[str, Version]]) -> Iterator[str]:
         yield from _head(name, "gauge", words)
         for labels, v in versions:
             yield f"{name}{{{labels}}} {0 if v.live is None else value(v.live)}"
+
+
+def _rates(service: Service) -> Iterator[str]:
+    yield from _head("pithead_rate_limited_total", "counter", "Requests beyond a limit, by whose it is.")
+    refused = {} if service.rates is None else service.rates.refused
+    for (kind, name), count in sorted(refused.items()):
+        yield f'pithead_rate_limited_total{{limit="{kind}",name="{_escaped(name)}"}} {count}'
 
 
 def _process(service: Service) -> Iterator[str]:

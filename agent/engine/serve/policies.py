@@ -66,3 +66,25 @@ def document(said: Model, most: int) -> dict[str, Any]:
     if said.versions == "all" or not count:
         return {"all": {}}
     return {"latest": {"num_versions": count}}
+
+
+_FROM_THE_START: Final = ("split", "shadow", "bandit")
+_NOT_A_SESSIONS: Final = ("rate", "burst", "versions")
+
+
+def anew(before: Model, after: Model) -> bool:
+    """Whether sessions are to be opened again for what is said of their model now."""
+    same = dict.fromkeys(_NOT_A_SESSIONS)
+    return replace(before, **same) != replace(after, **same)
+
+
+def carried(before: Configuration, after: Configuration) -> tuple[Configuration, list[str]]:
+    """Return what of ``after`` may hold where ``before`` held at the start, and the tables that may not."""
+    kept: dict[str, Model] = {}
+    late = ["pipelines"] if before.pipelines != after.pipelines else []
+    for name in dict.fromkeys((*before.models, *after.models)):
+        old, new = said_of(before, name), said_of(after, name)
+        first = {field: getattr(old, field) for field in _FROM_THE_START}
+        late += [f"models.{name}.{field}" for field, value in first.items() if getattr(new, field) != value]
+        kept[name] = replace(new, **first)
+    return replace(after, models=kept, pipelines=before.pipelines), late

@@ -60,6 +60,8 @@ class InferRequest(Struct):
     """1 is served first; 0 is the default, between all and none."""
     timeout_us: int = 0
     """Longest wait before a run begins; 0: the service's own."""
+    client: str = ""
+    """Who asks; empty for what this process asks itself."""
 
 
 class InferResponse(Struct):

@@ -7,6 +7,7 @@ may take a task.
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Mapping
 from typing import Final
 
@@ -30,6 +31,7 @@ STATUS: Final[Mapping[str, int]] = {
     "serve.conflict": 409,
     "serve.too_large": 413,
     "serve.unsupported_encoding": 415,
+    "serve.rate_limited": 429,
     "serve.overloaded": 503,
     "serve.not_ready": 503,
     "serve.model_lost": 503,
@@ -81,7 +83,7 @@ class Rest:
             if route is None:
                 respond(failure(404, f"there is nothing at {request.target[:200].decode('latin-1')!r}"))
             elif route.infer and request.method == b"POST":
-                self._infer(request, route, respond)
+                self._infer(request, route, who, respond)
             else:
                 self._act(request, route, who, respond)
         except PitheadError as error:
@@ -92,7 +94,7 @@ class Rest:
 
     # ---- inference
 
-    def _infer(self, request: Request, route: Route, respond: Respond) -> None:
+    def _infer(self, request: Request, route: Route, who: Principal, respond: Respond) -> None:
         headers = request.headers
         encoding = headers.get(b"content-encoding")
         if encoding is not None:
@@ -101,17 +103,19 @@ class Rest:
             except PitheadError as error:
                 if error.code != "serve.too_large":
                     raise
-                self._later(request, self._infer_large(request, route, encoding, respond), respond)
+                self._later(request, self._infer_large(request, route, encoding, who, respond), respond)
                 return
         header = headers.get(b"inference-header-content-length")
         try:
             asked, wish = codec.decode(route.model, route.version, request.body, header, at_once=True)
         except tensors.TooMuchAtOnceError:
-            self._later(request, self._infer_large(request, route, b"", respond), respond)
+            self._later(request, self._infer_large(request, route, b"", who, respond), respond)
             return
-        self._submit(request, asked, wish, respond)
+        self._submit(request, asked, wish, who, respond)
 
-    async def _infer_large(self, request: Request, route: Route, encoding: bytes, respond: Respond) -> None:
+    async def _infer_large(
+        self, request: Request, route: Route, encoding: bytes, who: Principal, respond: Respond
+    ) -> None:
         """Inflate and take apart in a thread; few at once, since all of them hold what came out."""
         header = request.headers.get(b"inference-header-content-length")
 
@@ -121,9 +125,12 @@ class Rest:
 
         async with self._large:
             asked, wish = await asyncio.get_running_loop().run_in_executor(None, work)
-            self._submit(request, asked, wish, respond)
+            self._submit(request, asked, wish, who, respond)
 
-    def _submit(self, request: Request, asked: InferRequest, wish: codec.Wish, respond: Respond) -> None:
+    def _submit(
+        self, request: Request, asked: InferRequest, wish: codec.Wish, who: Principal, respond: Respond
+    ) -> None:
+        asked.client = who.name
         accept = request.headers.get(b"accept-encoding")
 
         def done(answer: InferResponse | PitheadError) -> None:
@@ -233,7 +240,7 @@ def refused(error: PitheadError) -> Response:
     if error.retryable:
         wait = error.facts.get("retry_after_s", 1)
         seconds = wait if isinstance(wait, int | float) else 1
-        response.head = b"retry-after: %d\r\n" % max(1, round(seconds))
+        response.head = b"retry-after: %d\r\n" % max(1, math.ceil(seconds))
     elif response.status == 401:  # noqa: PLR2004
         response.head = b'www-authenticate: Bearer realm="pithead"\r\n'
     return response

@@ -17,11 +17,13 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from agent.engine.serve import describe, tensors
+from agent.engine.serve import describe, policies, tensors
 from agent.engine.serve.catalogue import Catalogue, Limits, State, Version
+from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.describe import IndexEntry, ModelMetadata, ServerMetadata
 from agent.engine.serve.ledger import Ledger
 from agent.engine.serve.pipelines import Pipelines
+from agent.engine.serve.rates import Rates
 from agent.engine.serve.repository import Source, newest
 from agent.engine.serve.requests import InferRequest, InferResponse, Region
 from agent.engine.serve.routing import Done
@@ -49,6 +51,8 @@ class Service:
         self.steering = Steering(limits.configuration.models, self.catalogue, Ledger(limits.learned))
         self.catalogue.overlays += (self.steering.route, self.pipelines.route)
         self.shared_memory = shared_memory or SharedMemory()
+        self.rates = Rates.of(limits.configuration.models, limits.configuration.clients)
+        """Limits of who may ask how often; None where there are none."""
         self.settings = Settings()
         self.started = time.time()
         self.grpc_answers: dict[str, int] = {}
@@ -80,11 +84,26 @@ class Service:
         self.steering.tick()
         self._ticker = self._loop.call_later(TICK_S, self._tick)
 
+    async def reconfigure(self, said: Configuration) -> None:
+        """Let another configuration hold, but for what a server has from its start; the log names that."""
+        given, late = policies.carried(self.catalogue.limits.configuration, said)
+        if late:
+            facts = {"facts": {"tables": ", ".join(late)}}
+            log.warning("serving.needs_a_restart", extra=facts)
+        if self.rates is None:
+            self.rates = Rates.of(given.models, given.clients)
+        else:
+            self.rates.become(given.models, given.clients)
+        await self.catalogue.reconfigure(given)
+        log.info("serving.reconfigured")
+
     # ---- inference
 
     def submit(self, request: InferRequest, done: Done) -> None:
         """Answer ``request`` by calling ``done`` once, perhaps before this returns. Never raises."""
         try:
+            if self.rates is not None:
+                self.rates.admit(request.client, request.model)
             if request.shared is not None:
                 self._fetch(request)
             if request.outputs and any(o.classes or o.region for o in request.outputs):
@@ -198,7 +217,9 @@ class Service:
         pipeline = self.pipelines.get(name, version)
         if pipeline is not None:
             return await self.pipelines.config(pipeline)
-        return describe.model_config(await self._live(name, version))
+        live, limits = await self._live(name, version), self.catalogue.limits
+        said = policies.said_of(limits.configuration, name)
+        return describe.model_config(live, policies.document(said, limits.versions))
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """Return what all models, a model or a version have done; raises ``serve.unknown_model``.

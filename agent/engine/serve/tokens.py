@@ -32,6 +32,10 @@ ANYBODY: Final = Principal("anybody", admin=True)
 """Where no tokens are asked for: on loopback."""
 
 
+BY_BROKER: Final = Principal("mqtt", admin=False)
+"""All who ask by MQTT: who they are, their broker knows."""
+
+
 class Tokens:
     """The tokens that are known."""
 
