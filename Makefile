@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := build/packages/.built
 ARGS ?=
 
-.PHONY: help setup system demo test check bench bench-lanes bench-serving bench-serving-grpc soak docs lock clean
+.PHONY: help setup system demo test check bench bench-accuracy bench-lanes bench-serving bench-serving-grpc soak docs lock clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ check: $(STAMP)  ## Style, types, layers, wheel
 
 bench: setup  ## Benchmarks, each beside a peer or a limit
 	for b in benchmarks/bench_*.py; do $(BIN)/python $$b $(ARGS); done
+
+bench-accuracy: setup  ## Detectors on labelled recordings, beside published figures
+	$(BIN)/python benchmarks/bench_accuracy.py $(ARGS)
 
 bench-lanes: setup  ## Lanes beside a bare loop on the same runtime
 	$(BIN)/python benchmarks/bench_lane.py $(ARGS)

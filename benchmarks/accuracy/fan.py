@@ -5,7 +5,7 @@ runs, so nothing here can see them: a window's ``std`` leaves its mean out, and
 a Hann taper leaves none of it above the second bin.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -37,7 +37,7 @@ SPLIT: Final = "made from the first half of the normal clips; judged on the seco
 SOURCE: Final = "3 MAD features + Mahalanobis, half of the normal clips (the data's index.json)"
 _BANDS: Final = Bands(tuple((2.0 + 3.0 * i, 5.0 + 3.0 * i) for i in range(32)), decibel=True)
 """From the first bin that a Hann taper keeps free of the mean."""
-MODELS: Final[dict[str, tuple[Feature, ...]]] = {
+MODELS: Final[Mapping[str, tuple[Feature, ...]]] = {
     "Mahalanobis on std": (Statistics(("std",)),),
     "Mahalanobis on std and bands of 3 Hz in dB": (Statistics(("std",)), _BANDS),
 }
@@ -68,7 +68,11 @@ def clips(speed: str, *, coin: bool) -> Rows:
         return np.asarray(arrays["x"], np.float64) / PER_G
 
 
-def results(scratch: Path, speeds: tuple[str, ...] = ("low", "med", "high")) -> Iterator[Result]:
+def results(
+    scratch: Path,
+    speeds: tuple[str, ...] = ("low", "med", "high"),
+    models: Mapping[str, tuple[Feature, ...]] = MODELS,
+) -> Iterator[Result]:
     """Yield the lines; nothing of the later half of the normal clips or of the coin makes a model."""
     for speed in speeds:
         normal, coin = clips(speed, coin=False), clips(speed, coin=True)
@@ -76,7 +80,7 @@ def results(scratch: Path, speeds: tuple[str, ...] = ("low", "med", "high")) -> 
         judged = np.concatenate([normal[half:], coin]).reshape(-1, len(AXES))
         label = np.arange(len(judged)) >= (len(normal) - half) * CLIP_ROWS
         recording = write_recording(scratch / f"fan-{speed}.npz", AXES, judged, label)
-        for model, features in MODELS.items():
+        for model, features in models.items():
             directory = scratch / f"fan-{speed}-{len(features)}"
             detector.build(directory, design(speed, features), [normal[:half].reshape(-1, len(AXES))])
             line = partial(Result, data=f"fan, speed {speed}", model=model, split=SPLIT)

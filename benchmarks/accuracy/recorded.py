@@ -1,4 +1,4 @@
-"""Other people's models: what they answered where they were recorded, and what they answer in our sessions.
+"""Other people's models: what they answered where they were recorded, and what they answer here.
 
 ``golden.json`` states for each model a rule for its input, the first values
 of its output, the kernels that it was recorded with, and a tolerance. For
