@@ -57,7 +57,7 @@ class Feed:
         """Why there are no rows, until there are some again."""
 
     def poll(self, table: Table, pipeline: Pipeline, limit: int, marks: Marks | None = None) -> Batch | None:
-        """Return rows of the source that ``table`` describes, for the channels of ``pipeline``, and ``marks``.
+        """Return rows of the source that ``table`` describes, for ``pipeline``'s channels, and ``marks``.
 
         Opens it first where that is needed; a failure is kept in ``problem``.
         """
