@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed, needs
 from agent.engine.loading import Loader, Served, key, load
-from agent.engine.machine import Judged, MachineFeed
+from agent.engine.machine import UNJUDGED, Judged, MachineFeed
 from agent.engine.outlet import Outlet
 from agent.engine.report import Reporter
 from agent.engine.sinks.tray import Tray
@@ -332,7 +332,7 @@ class Lane:
             self._fitting = True
             self._loader.submit(lambda: self._fit(served))
 
-    def _score(self, served: Served, batch: Batch, judged: Judged) -> None:
+    def _score(self, served: Served, batch: Batch, judged: Judged = UNJUDGED) -> None:
         began = self._clock.mono()
         usable = served.bounds.usable(batch.values)
         self._report.missing(batch.lost + len(usable) - int(np.count_nonzero(usable)))

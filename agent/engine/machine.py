@@ -48,6 +48,10 @@ class Judged:
     """Rows that no calibration may touch: these, and those of an unknown state or a fresh start."""
 
 
+UNJUDGED: Final = Judged()
+"""Of rows of which nobody knows whether the machine ran."""
+
+
 class Mask:
     """Judges rows by the state that came with them. Used by one thread."""
 
@@ -234,7 +238,7 @@ class MachineFeed:
     def judge(self, batch: Batch) -> Judged:
         """Return what the rows of ``batch`` are good for."""
         if self.mask is None or batch.marks is None:
-            return Judged()
+            return UNJUDGED
         before = self.mask.state, self.mask.muted
         judged = self.mask.judge(batch.t, batch.marks)
         if (self.mask.state, self.mask.muted) != before:
