@@ -15,7 +15,8 @@ from agent.core.machine import Machine
 from agent.core.settings import parse
 from agent.engine.machine import Mask, check
 from agent.engine.sources import open_source
-from agent.engine.sources.marks import Marks, Texts
+from agent.engine.sources.http import Order, Refused, decoded
+from agent.engine.sources.marks import Mark, Marks, Texts
 from agent.engine.window import Windower
 from agent.wiring import read_settings
 from contract.errors import PitheadError
@@ -267,6 +268,19 @@ def test_texts_of_parquet_and_numbers_of_numpy(tmp_path: Path):
         source = open_source(table, pipeline(), CLOCK, Marks((("state", ""),), texts))
         batch = until(lambda s=source: s.backlog() == 2 and s.poll(100), "all rows")
         assert batch.marks[:, 0].tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_pushed_row_may_say_its_state_in_words():
+    texts = Texts()
+    order = Order(("a", "state"), None, (Channel("a"), Mark(name="state", texts=texts)))
+    body = b'[{"values": {"a": 1, "state": "RUN"}}, {"values": [2, null]}]'
+    (stretch,), _ = order.sort(decoded(body, b""), 1_800_000_000_000_000)
+    assert [values for _, values in stretch.rows] == [
+        [1.0, texts.number("RUN")],
+        pytest.approx([2.0, NAN], nan_ok=True),
+    ]
+    with pytest.raises(Refused, match="channel 'a'"):
+        order.sort(decoded(b'{"values": {"a": "RUN", "state": 1}}', b""), 1_800_000_001_000_000)
 
 
 # ---- through real engines
