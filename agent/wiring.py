@@ -141,6 +141,7 @@ def check_source(
         seconds=seconds,
         sleep=time.sleep,
         show=show,
+        machine=lane.machine,
     )
 
 

@@ -6,6 +6,7 @@ too, since a person may sign a mistake. ``contract.package`` checks what no
 single field can show.
 """
 
+import math
 from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
@@ -115,6 +116,28 @@ class Variant(Struct, frozen=True, omit_defaults=True):
     """The highest is tried first, and wins unless another is measured to be cheaper by a margin."""
 
 
+class Graph(Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="graph"):
+    """A feature that is an ONNX graph of the package: from windows to what the model gets.
+
+    One input, float32 (n, window, channels), normalised; one output, float32
+    (n, ...), whose values are the model's input. The first axis takes any
+    number of windows, and no window may change what comes of another.
+    """
+
+    file: FileRef
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+    golden: Golden
+    """Windows, and what the graph makes of each."""
+    per_channel: bool = False
+    """The values are a table of rows x channels, row by row, so that a score has a share for each channel."""
+
+    @property
+    def values(self) -> int:
+        """How many values come of one window."""
+        return math.prod(self.outputs[0].shape[1:])
+
+
 class Channel(Struct, frozen=True, omit_defaults=True):
     """One sensor channel, in the order of the model's input."""
 
@@ -160,7 +183,7 @@ class Pipeline(Struct, frozen=True, omit_defaults=True):
     clip: Annotated[float, Meta(gt=0, le=1e30)] | None = None
     sample_rate_hz: Hertz | None = None
     fit: Fit | None = None
-    features: Annotated[tuple[Feature, ...], Meta(max_length=MAX_FEATURES)] = ()
+    features: Annotated[tuple[Feature | Graph, ...], Meta(max_length=MAX_FEATURES)] = ()
     feature_mean: PerFeature = ()
     """Of each value of the input tensor; empty for 0."""
     feature_scale: PerFeature = ()
@@ -169,8 +192,20 @@ class Pipeline(Struct, frozen=True, omit_defaults=True):
     @property
     def values(self) -> int:
         """How many values of one window the model gets."""
-        rows = sum(height(f, self.window) for f in self.features) if self.features else self.window
+        if (graph := self.graph) is not None:
+            return graph.values
+        rows = sum(height(f, self.window) for f in self.plain_features) if self.features else self.window
         return rows * len(self.channels)
+
+    @property
+    def graph(self) -> Graph | None:
+        """The feature that is a graph; it stands alone."""
+        return next((f for f in self.features if isinstance(f, Graph)), None)
+
+    @property
+    def plain_features(self) -> tuple[Feature, ...]:
+        """The features that are none."""
+        return tuple(f for f in self.features if not isinstance(f, Graph))
 
 
 class Score(Struct, frozen=True, omit_defaults=True):
@@ -246,8 +281,14 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
 
     def files(self) -> tuple[FileRef, ...]:
         """Every file of the package but the manifest itself, each once, in order."""
-        refs = {ref.path: ref for v in self.variants for ref in (v.file, v.golden.file)}
+        refs = {ref.path: ref for v in self.variants for ref in self.files_of(v)}
         return tuple(refs.values())
+
+    def files_of(self, variant: Variant) -> tuple[FileRef, ...]:
+        """The files that a device needs for a variant: model and golden vectors, and those of a graph."""
+        graph = None if self.pipeline is None else self.pipeline.graph
+        more = () if graph is None else (graph.file, graph.golden.file)
+        return (variant.file, variant.golden.file, *more)
 
 
 def target_path(name: str, version: str, path: str) -> str:

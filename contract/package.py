@@ -11,7 +11,17 @@ from typing import Final, NoReturn
 from contract.codec import decode
 from contract.errors import PitheadError
 from contract.features import problems
-from contract.manifest import MANIFEST_NAME, FileRef, Fit, Manifest, Pipeline, Score, TensorSpec, Variant
+from contract.manifest import (
+    MANIFEST_NAME,
+    FileRef,
+    Fit,
+    Graph,
+    Manifest,
+    Pipeline,
+    Score,
+    TensorSpec,
+    Variant,
+)
 
 MAX_MANIFEST: Final = 1024 * 1024
 MAX_WINDOW_VALUES: Final = 2**22
@@ -49,9 +59,14 @@ def check_manifest(manifest: Manifest) -> None:
 
 def _check_paths(manifest: Manifest) -> None:
     seen: dict[str, FileRef] = {}
-    for i, variant in enumerate(manifest.variants):
-        for field, ref in (("file", variant.file), ("golden.file", variant.golden.file)):
-            path = f"$.variants[{i}].{field}"
+    named: list[tuple[str, Variant | Graph]] = [
+        (f"$.variants[{i}]", variant) for i, variant in enumerate(manifest.variants)
+    ]
+    if manifest.pipeline is not None and manifest.pipeline.graph is not None:
+        named.append(("$.pipeline.features[0]", manifest.pipeline.graph))
+    for place, owner in named:
+        for field, ref in (("file", owner.file), ("golden.file", owner.golden.file)):
+            path = f"{place}.{field}"
             if ref.path == MANIFEST_NAME:
                 _refuse(f"{path}.path", "the manifest cannot name itself")
             if seen.setdefault(ref.path, ref) != ref:
@@ -104,7 +119,9 @@ def _check_pipeline(manifest: Manifest, pipeline: Pipeline, score: Score) -> Non
 
 
 def _check_features(pipeline: Pipeline) -> None:
-    for i, feature in enumerate(pipeline.features):
+    if pipeline.graph is not None:
+        _check_graph(pipeline, pipeline.graph)
+    for i, feature in enumerate(pipeline.plain_features):
         for field, why in problems(feature, pipeline.window, pipeline.sample_rate_hz):
             _refuse(f"$.pipeline.features[{i}].{field}", why)
     if pipeline.features and pipeline.values > MAX_WINDOW_VALUES:
@@ -117,6 +134,30 @@ def _check_features(pipeline: Pipeline) -> None:
             _refuse(f"$.pipeline.feature_scale[{i}]", f"{value} is not allowed")
 
 
+def _check_graph(pipeline: Pipeline, graph: Graph) -> None:
+    """Check what can be known of a graph without running it; the probe runs it."""
+    path = "$.pipeline.features[0]"
+    if len(pipeline.features) > 1:
+        _refuse("$.pipeline.features", "a graph stands alone: it gives all that the model gets")
+    for which, tensor in (("inputs", graph.inputs[0]), ("outputs", graph.outputs[0])):
+        if tensor.datatype != "FP32":
+            _refuse(f"{path}.{which}[0].datatype", f"{tensor.datatype}: a graph has FP32 only")
+        if tensor.shape[:1] != (-1,):
+            _refuse(f"{path}.{which}[0].shape", "the first axis takes any number of windows, which is -1")
+        if -1 in tensor.shape[1:] or math.prod(tensor.shape[1:]) < 1:
+            _refuse(f"{path}.{which}[0].shape", "all axes but the first have a length")
+    wanted = (pipeline.window, len(pipeline.channels))
+    if graph.inputs[0].shape[1:] != wanted:
+        shape = list(graph.inputs[0].shape)
+        _refuse(f"{path}.inputs[0].shape", f"{shape}, window and channels are {list(wanted)}")
+    if graph.per_channel and graph.values % len(pipeline.channels):
+        said = f"{graph.values} values are no table of {len(pipeline.channels)} channels"
+        _refuse(f"{path}.per_channel", said)
+    unknown = sorted(set(graph.golden.tolerance) - {graph.outputs[0].name})
+    if unknown:
+        _refuse(f"{path}.golden.tolerance", f"{unknown[0]!r} is no output of the graph")
+
+
 def _check_lane(path: str, variant: Variant, pipeline: Pipeline, score: Score) -> None:
     """Check what can be known of a variant in a lane without running it; the probe runs it."""
     if len(variant.inputs) != 1:
@@ -126,6 +167,7 @@ def _check_lane(path: str, variant: Variant, pipeline: Pipeline, score: Score) -
             _refuse(f"{path}.{which}[0].datatype", "a lane has numbers only")
     shape, values = variant.inputs[0].shape, pipeline.values
     what = "features x channels" if pipeline.features else "window x channels"
+    what = "the graph's values" if pipeline.graph is not None else what
     size = _row(variant.inputs[0])
     if size != values:
         said = "an open length" if size is None else f"{size} values"

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.fft import rfft  # now: the probe's sandbox opens no file later
 from numpy.typing import NDArray
 
+from contract.errors import PitheadError
 from contract.features import Bands, Feature, LogMel, Statistics, Taper, frames, height, mel_edges
 from contract.manifest import Pipeline
 from inference.arithmetic import Floats, normalise
+from inference.session import Session
 
 Wide = NDArray[np.float64]
 SMALLEST_POWER: Final = 1e-10
@@ -27,22 +29,56 @@ Compute = Callable[[Wide], Wide]
 class Features:
     """The features of one pipeline."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        """``pipeline`` is one that ``contract.package`` has checked, and has features."""
-        rate = pipeline.sample_rate_hz or 0.0
-        self._parts = [_compute(f, pipeline.window, rate) for f in pipeline.features]
-        self.shape = sum(height(f, pipeline.window) for f in pipeline.features), len(pipeline.channels)
-        """(rows, channels) of one window."""
+    def __init__(self, pipeline: Pipeline, graph: Session | None = None) -> None:
+        """``pipeline`` is one that ``contract.package`` has checked, and has features.
+
+        ``graph`` is the session of the feature that is one, if one is;
+        ``package.manifest_invalid`` where it is not what the manifest says.
+        """
+        rate, plain, width = pipeline.sample_rate_hz or 0.0, pipeline.plain_features, len(pipeline.channels)
+        self._parts = [_compute(f, pipeline.window, rate) for f in plain]
+        self.shape = sum(height(f, pipeline.window) for f in plain), width
+        """(rows, channels) of one window; (1, values) where those are of no channel."""
+        self._graph = graph
+        if (said := pipeline.graph) is not None:
+            if graph is None:
+                raise PitheadError("inference.load_failed", "the graph of the features is not opened")
+            check_batches(graph)
+            self.shape = (said.values // width, width) if said.per_channel else (1, said.values)
         self._mean = np.array(pipeline.feature_mean or 0.0, np.float64)
         self._scale = np.array(pipeline.feature_scale or 1.0, np.float64)
 
     def of(self, x: Floats) -> Floats:
         """Return (windows, rows, channels) of normalised windows (windows, samples, channels)."""
-        wide = x.astype(np.float64)
-        parts = [part(wide) for part in self._parts]
-        table = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        flat = table.reshape(len(x), self.shape[0] * self.shape[1])
-        return normalise(flat, self._mean, self._scale, None).reshape(len(x), *self.shape)
+        n, size = len(x), self.shape[0] * self.shape[1]
+        if self._graph is not None:
+            table: Wide = self._run(self._graph, x, size).astype(np.float64)
+        else:
+            wide = x.astype(np.float64)
+            parts = [part(wide) for part in self._parts]
+            table = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return normalise(table.reshape(n, size), self._mean, self._scale, None).reshape(n, *self.shape)
+
+    def _run(self, graph: Session, x: Floats, size: int) -> Floats:
+        """Return what the graph makes of windows; raises ``inference.run_failed``."""
+        found: Floats = graph.run({graph.inputs[0].name: np.ascontiguousarray(x)})[graph.outputs[0].name]
+        if found.size != len(x) * size:
+            raise PitheadError(
+                "inference.run_failed", f"the graph gave {list(found.shape)} of {len(x)} windows"
+            )
+        return found
+
+
+def check_batches(graph: Session) -> None:
+    """Raise ``package.manifest_invalid`` unless a graph has one input and output, for any batch."""
+    for which, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        if len(tensors) != 1 or tensors[0].shape[:1] != (-1,):
+            shapes = [list(t.shape) for t in tensors]
+            raise PitheadError(
+                "package.manifest_invalid",
+                f"the graph has the {which} {shapes}; one is wanted, whose first axis is open",
+                path=f"$.pipeline.features[0].{which}",
+            )
 
 
 def _compute(feature: Feature, window: int, rate_hz: float) -> Compute:

@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 import zlib
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
@@ -20,8 +21,9 @@ import msgspec
 import numpy as np
 
 from contract.errors import PitheadError
-from contract.manifest import MAX_VECTORS, Golden, TensorSpec, Tolerance, Variant
+from contract.manifest import MAX_VECTORS, Golden, Graph, TensorSpec, Tolerance, Variant
 from inference import registry
+from inference.features import check_batches
 from inference.made_up import made_up
 from inference.measuring import Energy, Memory, measure
 from inference.reports import ProbeReport, ProbeRequest
@@ -32,6 +34,8 @@ from inference.session import Opener, Session, as_bytes
 
 PRELOADED: Final = (encodings.cp437,)
 """What the standard library would import later, when no file can be opened any more."""
+TOGETHER: Final = Tolerance(atol=1e-4, rtol=1e-3)
+"""By how much the kernels of a graph may differ for one window and for many."""
 MADE_UP: Final = 4
 """Inputs that a bare file is run on."""
 _SCALE_RTOL: Final = 1e-6
@@ -69,6 +73,7 @@ def examine(request: ProbeRequest) -> ProbeReport:
     opener = registry.load_runtime(request.format, warm_up=True, accelerator=accelerator)
     model = registry.read_file(Path(request.model), None if variant is None else variant.file)
     golden = b"" if variant is None else registry.read_file(Path(request.golden), variant.golden.file)
+    unopened = _read_graph(request)
     memory, energy = Memory(), Energy()
     sandbox = confine(
         memory_bytes=request.limits.memory_mb * _MB,
@@ -79,6 +84,7 @@ def examine(request: ProbeRequest) -> ProbeReport:
         folders=[str(Path(sys.modules[name].__file__ or "").parent) for name in accelerator.reads],
     )
     SCREENS[request.format](model)
+    graph = None if unopened is None else unopened.opened(request)
     start = time.perf_counter()
     session = opener(model, accelerator, request.resources.threads, request.resources)
     load_ms = (time.perf_counter() - start) * 1000
@@ -91,7 +97,7 @@ def examine(request: ProbeRequest) -> ProbeReport:
     if variant is None:
         feed, vectors, worst = _against_cpu(opener, model, session)
     else:
-        feed, vectors, worst = _against_golden(session, request, variant, golden)
+        feed, vectors, worst = _against_golden(session, request, variant, golden, graph)
     timing = measure(session, feed, request.limits, energy)
     peak = memory.read("VmHWM")
     return ProbeReport(
@@ -115,16 +121,65 @@ def examine(request: ProbeRequest) -> ProbeReport:
 
 
 def _against_golden(
-    session: Session, request: ProbeRequest, variant: Variant, golden: bytes
+    session: Session, request: ProbeRequest, variant: Variant, golden: bytes, graph: Session | None
 ) -> tuple[dict[str, Any], int, dict[str, float]]:
     """Return an input to measure with, how many vectors agreed, and how far they were at most."""
     check_tensors("inputs", variant.inputs, session.inputs)
     check_tensors("outputs", variant.outputs, session.outputs)
     if request.pipeline is not None and request.score is not None:
-        Scorer(session, request.pipeline, request.score, variant.inputs, variant.outputs).warm_up()
+        Scorer(session, request.pipeline, request.score, variant.inputs, variant.outputs, graph).warm_up()
     feeds, wanted = golden_vectors(golden, variant)
     session.reset()
     return feeds[0], len(feeds), _compare(session, feeds, wanted, variant.golden)
+
+
+@dataclass(frozen=True, slots=True)
+class Unopened:
+    """The graph of the features, read, and the runtime that will open it."""
+
+    said: Graph
+    opener: Opener
+    content: bytes
+    golden: bytes
+
+    def opened(self, request: ProbeRequest) -> Session:
+        """Return its session, after its golden vectors agreed: one by one, and all at once.
+
+        Raises what a model's would.
+        """
+        SCREENS["onnx"](self.content)
+        session = self.opener(self.content, "cpu", request.resources.threads, request.resources)
+        try:
+            check_tensors("pipeline.features[0].inputs", self.said.inputs, session.inputs)
+            check_tensors("pipeline.features[0].outputs", self.said.outputs, session.outputs)
+            check_batches(session)
+            feeds, wanted = golden_vectors(self.golden, self.said)
+            _compare(session, feeds, wanted, self.said.golden)
+            _compare_at_once(session, feeds, wanted, self.said)
+        except PitheadError as error:
+            raise PitheadError(error.code, f"the graph of the features: {error.detail}") from error
+        return session
+
+
+def _read_graph(request: ProbeRequest) -> Unopened | None:
+    said = None if request.pipeline is None else request.pipeline.graph
+    if said is None:
+        return None
+    opener = registry.load_runtime("onnx", warm_up=True)
+    content = registry.read_file(Path(request.graph), said.file)
+    return Unopened(said, opener, content, registry.read_file(Path(request.graph_golden), said.golden.file))
+
+
+def _compare_at_once(session: Session, feeds: list[Any], wanted: list[Any], said: Graph) -> None:
+    """Raise ``probe.golden_mismatch`` where windows that are run together come out as others than alone."""
+    name, output = said.inputs[0].name, said.outputs[0].name
+    got = session.run({name: np.concatenate([feed[name] for feed in feeds])})[output]
+    promised = said.golden.tolerance.get(output, Tolerance())
+    allowed = Tolerance(max(promised.atol, TOGETHER.atol), max(promised.rtol, TOGETHER.rtol))
+    try:
+        difference(output, got, np.concatenate([want[output] for want in wanted]), allowed)
+    except PitheadError as error:
+        raise PitheadError(error.code, f"all vectors at once: {error.detail}") from error
 
 
 def _against_cpu(
@@ -173,7 +228,9 @@ def check_tensors(which: str, wanted: tuple[TensorSpec, ...], seen: tuple[Tensor
             refuse(f"{which}[{i}].zero_point", tensor.zero_point, real.zero_point)
 
 
-def golden_vectors(content: bytes, variant: Variant) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def golden_vectors(
+    content: bytes, variant: Variant | Graph
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the inputs and the wanted outputs of each golden vector.
 
     Raises ``package.manifest_invalid`` when the file does not hold what the manifest says.

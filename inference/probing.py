@@ -151,9 +151,10 @@ def _request(
     limits: Limits,
     custom: CustomTable | None,
 ) -> ProbeRequest:
-    for ref in (variant.file, variant.golden.file):
+    for ref in manifest.files_of(variant):
         if ref.path not in files:
             raise PitheadError("package.file_missing", ref.path)
+    graph = None if manifest.pipeline is None else manifest.pipeline.graph
     return ProbeRequest(
         name=variant.name,
         format=variant.format,
@@ -165,6 +166,8 @@ def _request(
         golden=str(files[variant.golden.file.path].absolute()),
         pipeline=manifest.pipeline,
         score=manifest.score,
+        graph="" if graph is None else str(files[graph.file.path].absolute()),
+        graph_golden="" if graph is None else str(files[graph.golden.file.path].absolute()),
     )
 
 

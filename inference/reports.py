@@ -75,6 +75,9 @@ class ProbeRequest(Struct, frozen=True):
     pipeline: Pipeline | None = None
     """With ``score``: what a lane feeds the model with, and makes of its output."""
     score: Score | None = None
+    graph: str = ""
+    """Where the graph of the pipeline's features lies, if it has one, and its golden vectors."""
+    graph_golden: str = ""
 
 
 class ProbeReport(Struct, frozen=True, omit_defaults=True):

@@ -6,7 +6,7 @@ will run it.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -96,11 +96,13 @@ class Scorer:
         score: Score,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
+        graph: Session | None = None,
     ) -> None:
         """Check that the session fits the pipeline; ``package.manifest_invalid`` if not.
 
         ``inputs`` and ``outputs`` are the manifest's: they fill in what a
         file format does not carry, such as the scale of an integer input.
+        ``graph`` is the session of the features, where they are one; both stay the caller's.
         """
         self.session = session
         self.pipeline = pipeline
@@ -117,7 +119,11 @@ class Scorer:
                 "package.manifest_invalid", f"the model has no output {outputs[0].name!r}", path="outputs[0]"
             )
         self._output = _completed(first, outputs)
-        self._features = Features(pipeline) if pipeline.features else None
+        self._features = Features(pipeline, graph) if pipeline.features else None
+        self._by_channel = pipeline.graph is None or pipeline.graph.per_channel
+        """Whether each value of the model's input is of one channel."""
+        self._feature_us = 0.0
+        """What the graph costs for one window, of the last windows."""
         row, self._batched = _row_shape(self._input, pipeline)
         self._shape = row if self._batched else self._input.shape
         """Of what one window is in a run: without the first axis where that takes any number of windows."""
@@ -126,7 +132,7 @@ class Scorer:
         self._side_by_side = max(1, SIDE_BY_SIDE // len(pipeline.channels))
         self.normalise_by(pipeline.mean, pipeline.scale)
         self.window_us = 0.0
-        """What one window costs in the model, smoothed."""
+        """What one window costs in the model, and in a graph before it, smoothed."""
 
     def normalise_by(self, mean: tuple[float, ...], scale: tuple[float, ...]) -> None:
         """Take these from the next window on."""
@@ -170,24 +176,46 @@ class Scorer:
             values = self._normalised(windows.parts)
             x = windows.cut(values, window)
             if self._features is not None:
-                x = self._featured(x)
-                return self._scored(x, quantise(x, self._input))
+                return self._featured_and_scored(x)
             feed = quantise(values, self._input)
             return self._scored(x, x if feed is values else windows.cut(feed, window))
 
     def run_cut(self, x: Floats) -> Scored:
         """Score normalised windows (windows, window, channels)."""
         with np.errstate(invalid="ignore", over="ignore"):
+            return self._featured_and_scored(x)
+
+    def _featured_and_scored(self, x: Floats) -> Scored:
+        """Score windows by way of their features; those of which a graph makes no numbers have no score."""
+        n = len(x)
+        if self.pipeline.graph is None or not n:
             x = self._featured(x)
             return self._scored(x, quantise(x, self._input))
+        began = time.perf_counter_ns()
+        try:
+            x = self._featured(x)
+        except PitheadError as failure:
+            none = np.zeros((n, *(self._features.shape if self._features else ())), np.float32)
+            outputs = (None,) * -(-n // self._step)
+            return Scored(none, outputs, self._step, np.full(n, math.nan), np.zeros(n), failure)
+        self._feature_us = (time.perf_counter_ns() - began) / (1000 * n)
+        broken = ~np.isfinite(x.reshape(n, -1)).all(axis=1)
+        x[broken] = 0.0
+        scored = self._scored(x, quantise(x, self._input))
+        if not broken.any():
+            return scored
+        scored.scores[broken] = math.nan
+        said = f"the graph gave {int(broken.sum())} windows values that are not finite"
+        return replace(scored, error=PitheadError("inference.not_finite", said))
 
     def shares(self, scored: Scored, i: int) -> dict[str, float]:
         """Return each channel's share of the ``i``-th score.
 
         Empty where a score has no parts: a single value that a model gives
-        says nothing about what it comes from.
+        says nothing about what it comes from, nor does a graph's unless it is ``per_channel``.
         """
-        if self.score.method != "reconstruction_mse" or (output := scored.output(i)) is None:
+        has_parts = self._by_channel and self.score.method == "reconstruction_mse"
+        if not has_parts or (output := scored.output(i)) is None:
             return {}
         errors = squared_errors(scored.x[i : i + 1], dequantise(output, self._output).reshape(1, -1))
         return contributions(self.pipeline, errors[0])
@@ -237,7 +265,7 @@ class Scorer:
             if failed:
                 values[some][failed] = math.nan
         if n:
-            self.window_us += SMOOTHING * (float(run_us.sum()) / n - self.window_us)
+            self.window_us += SMOOTHING * (float(run_us.sum()) / n + self._feature_us - self.window_us)
         finite = np.isfinite(values)
         if not finite.all():
             values[~finite] = math.nan

@@ -72,6 +72,44 @@ class Session(Protocol):
         ...
 
 
+class Accompanied:
+    """A session, and the graph that feeds it: both end together."""
+
+    def __init__(self, session: Session, graph: Session) -> None:
+        self._session, self.graph = session, graph
+        self.run, self.reset = session.run, session.reset
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """See ``Session``."""
+        return self._session.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """See ``Session``."""
+        return self._session.outputs
+
+    @property
+    def accelerator(self) -> str:
+        """See ``Session``; the graph runs on the CPU."""
+        return self._session.accelerator
+
+    @property
+    def runtime(self) -> str:
+        """See ``Session``."""
+        return self._session.runtime
+
+    @property
+    def placement(self) -> Placement:
+        """See ``Session``."""
+        return self._session.placement
+
+    def close(self) -> None:
+        """See ``Session``."""
+        self._session.close()
+        self.graph.close()
+
+
 class Opener(Protocol):
     """What makes a session of a model file's bytes."""
 

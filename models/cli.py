@@ -217,6 +217,37 @@ def wrap(
 
 
 @app.command(
+    epilog="Example:  pithead models graph spectrum.onnx --windows normal.npy --out build/packages/pump/1.0.0"
+)
+def graph(
+    file: Annotated[Path, typer.Argument(help="An ONNX file: float32 (n, window, channels) to (n, ...).")],
+    *,
+    out: Annotated[Path, typer.Option(help="The package's directory.")],
+    windows: Annotated[
+        Path | None, typer.Option(help="A .npy of normalised windows (n, window, channels).")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of its files in the package.")] = "features",
+    per_channel: Annotated[bool, typer.Option(help="It gives a table of rows x channels.")] = False,
+    require_sandbox: Annotated[
+        bool, typer.Option(help="Refuse to open it where the full sandbox is not available.")
+    ] = False,
+) -> None:
+    """Put an ONNX graph into a package as its feature; prints what `pipeline.features` has to say."""
+    from models.graph import graph_of  # noqa: PLC0415 - it imports numpy
+
+    try:
+        made, contents = graph_of(
+            file, windows, name=name, per_channel=per_channel, require_sandbox=require_sandbox
+        )
+    except PitheadError as error:
+        raise _exit(error) from error
+    for path, content in contents.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_bytes(content)
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode([made]), indent=1).decode() + "\n")
+
+
+@app.command(
     epilog="Example:  pithead models backtest build/packages/shuttle/1.0.0 recording.csv --label anomaly"
 )
 def backtest(

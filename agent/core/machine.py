@@ -1,4 +1,4 @@
-"""What a lane knows of the machine it watches: which tag says its state, and when that means that it runs.
+"""What a lane knows of the machine that it watches: the tag of its state, and when that means that it runs.
 
 Pure types of the configuration: ``agent.engine.machine`` judges rows by them.
 """
@@ -45,7 +45,10 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
                 raise ValueError(f"machine.runs: {value[0]:g} to {value[1]:g} is no range")
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError("machine.runs: nan is no state")
-        self.numbers()
+        names = set(self.numbers().values())
+        for value in self.runs:
+            if names and isinstance(value, str) and value not in names:
+                raise ValueError(f"machine.runs: no state is named {value!r}; there are {', '.join(names)}")
 
     def numbers(self) -> dict[float, str]:
         """Return the names by number."""

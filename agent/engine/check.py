@@ -12,8 +12,10 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent.core.machine import Machine
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed
+from agent.engine.machine import MachineFeed, Mask
 from agent.engine.sources.base import Batch, Table
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
@@ -45,6 +47,23 @@ class ChannelSeen(Struct, frozen=True):
     """``ok``, or what is wrong."""
 
 
+class MachineSeen(Struct, frozen=True):
+    """What came of the machine's state."""
+
+    tag: str
+    value: str = "-"
+    """The newest, with its name; ``-`` before any."""
+    state: str = "unknown"
+    """``runs``, ``stopped``, ``settling`` or ``unknown``."""
+    muted: str = ""
+    """Why a lane would score nothing now; empty where it would."""
+    recipe: str | None = None
+    missing: int = 0
+    """Rows without a state."""
+    result: str = "no value"
+    """``ok``, or what is wrong."""
+
+
 class SourceSeen(Struct, frozen=True):
     """What came of a source."""
 
@@ -64,17 +83,21 @@ class SourceSeen(Struct, frozen=True):
     code: str | None = None
     detail: str = ""
     """Why there are no rows, if that is so at the end."""
+    machine: MachineSeen | None = None
 
     @property
     def good(self) -> bool:
         """Whether a model can work with it."""
-        return self.code is None and self.rows > 0 and all(c.result == "ok" for c in self.channels)
+        machine_ok = self.machine is None or self.machine.result == "ok"
+        fine = machine_ok and all(c.result == "ok" for c in self.channels)
+        return self.code is None and self.rows > 0 and fine
 
 
 class Tally:
     """Counts what comes. Holds no rows."""
 
-    def __init__(self, lane: str, table: Table, pipeline: Pipeline) -> None:
+    def __init__(self, lane: str, table: Table, pipeline: Pipeline, machine: Machine | None = None) -> None:
+        self._machine = None if machine is None else MachineSeen(machine.tag)
         rate = table.get("rate_hz")
         self._lane, self._kind = lane, str(table.get("kind"))
         self._wanted = float(rate) if isinstance(rate, int | float) else pipeline.sample_rate_hz
@@ -100,6 +123,22 @@ class Tally:
         for place, seen in enumerate(self._channels):
             self._channels[place] = _with(seen, batch.values[:, place], *self._ranges[place])
 
+    def judged(self, batch: Batch, mask: Mask | None) -> None:
+        """Note the machine's state at the end of ``batch``."""
+        if self._machine is None or mask is None or batch.marks is None or not len(batch.t):
+            return
+        missing = self._machine.missing + int(np.isnan(batch.marks[:, 0]).sum())
+        value = mask.shown()
+        self._machine = replace(
+            self._machine,
+            value=value,
+            state=mask.state,
+            muted=mask.muted,
+            recipe=mask.recipe(),
+            missing=missing,
+            result="no value" if value == "-" else "missing at times" if missing else "ok",
+        )
+
     def seen(self, seconds: float, problem: PitheadError | None) -> SourceSeen:
         """Return the state after ``seconds``."""
         span = 0 if self._first is None else self._last - self._first
@@ -117,6 +156,7 @@ class Tally:
             channels=tuple(self._channels),
             code=None if problem is None else problem.code,
             detail="" if problem is None else problem.detail,
+            machine=self._machine,
         )
 
 
@@ -163,23 +203,27 @@ def watch(
     seconds: float,
     sleep: Callable[[float], object],
     show: Callable[[SourceSeen], None],
+    machine: Machine | None = None,
 ) -> SourceSeen:
     """Return what came within ``seconds``; ``show`` gets the state twice a second meanwhile."""
-    feed, tally = Feed(lane, clock), Tally(lane, table, pipeline)
+    feed, tally = Feed(lane, clock), Tally(lane, table, pipeline, machine)
+    both = MachineFeed(lane, clock, feed)
     began = clock.mono()
     end, shown = began + round(seconds * 1e6), began
     try:
         while (now := clock.mono()) < end:
-            batch = feed.poll(table, pipeline, ROWS_AT_ONCE)
+            batch = both.poll(table, pipeline, ROWS_AT_ONCE, machine)
             if batch is not None:
                 tally.add(batch, clock.wall())
+                both.judge(batch)
+                tally.judged(batch, both.mask)
             if now - shown >= SHOW_US:
                 shown = now
                 show(tally.seen((now - began) / 1e6, feed.problem))
             sleep(min(max(feed.wait_s(), 0.001), 0.1))
         return tally.seen(seconds, feed.problem)
     finally:
-        feed.close()
+        both.close()
 
 
 def render(seen: SourceSeen) -> str:
@@ -199,7 +243,21 @@ def render(seen: SourceSeen) -> str:
     lines += [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+    if seen.machine is not None:
+        lines.append(_machine(seen.machine))
     return "\n".join(lines) + "\n"
+
+
+def _machine(seen: MachineSeen) -> str:
+    parts = [f"machine {seen.tag} = {seen.value}"]
+    if seen.recipe is not None:
+        parts.append(f"recipe {seen.recipe}")
+    parts.append(f"muted: {seen.muted}" if seen.muted else "runs" if seen.state == "runs" else seen.state)
+    if seen.missing:
+        parts.append(f"{seen.missing} missing")
+    if seen.result == "no value":
+        parts.append("NO VALUE")
+    return ", ".join(parts)
 
 
 def _head(seen: SourceSeen) -> str:

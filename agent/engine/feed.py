@@ -28,14 +28,15 @@ def needs(pipeline: Pipeline, table: Table) -> tuple[object, ...]:
 
 
 def _check_rate(table: Table, pipeline: Pipeline) -> None:
-    """Features in Hz are wrong at any other rate than the manifest's."""
+    """Features in Hz are wrong at any other rate than the manifest's, and a graph may be."""
     rate, made_for = table.get("rate_hz"), pipeline.sample_rate_hz
     if made_for is None or not isinstance(rate, int | float) or rate == made_for:
         return
     if any(not isinstance(f, Statistics) for f in pipeline.features):
+        what = "bands in Hz are" if pipeline.graph is None else "graph is"
         raise PitheadError(
             "config.invalid",
-            f"lanes.source.rate_hz is {rate}; the model's bands in Hz are for {made_for}",
+            f"lanes.source.rate_hz is {rate}; the model's {what} for {made_for}",
             key="rate_hz",
         )
 
@@ -57,7 +58,7 @@ class Feed:
         """Why there are no rows, until there are some again."""
 
     def poll(self, table: Table, pipeline: Pipeline, limit: int, marks: Marks | None = None) -> Batch | None:
-        """Return rows of the source of ``table``, for the channels of ``pipeline``, and ``marks``.
+        """Return rows of the source that ``table`` describes, for ``pipeline``'s channels, and ``marks``.
 
         Opens it first where that is needed; a failure is kept in ``problem``.
         """

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed, needs
 from agent.engine.loading import Loader, Served, key, load
-from agent.engine.machine import Judged, MachineFeed
+from agent.engine.machine import UNJUDGED, Judged, MachineFeed
 from agent.engine.outlet import Outlet
 from agent.engine.report import Reporter
 from agent.engine.sinks.tray import Tray
@@ -151,7 +151,6 @@ class Lane:
                 self._broken = PitheadError("internal.error", f"{type(error).__name__}: {error}")
                 self._report.state(self._state(self._wanted))
                 self._wake.wait(LONGEST_PAUSE_S)
-        self._feed.close()
         self._machine.close()
         self._report.close(self._wanted, self._serving)
         self._sinks.stop()
@@ -333,13 +332,12 @@ class Lane:
             self._fitting = True
             self._loader.submit(lambda: self._fit(served))
 
-    def _score(self, served: Served, batch: Batch, judged: Judged) -> None:
+    def _score(self, served: Served, batch: Batch, judged: Judged = UNJUDGED) -> None:
         began = self._clock.mono()
         usable = served.bounds.usable(batch.values)
         self._report.missing(batch.lost + len(usable) - int(np.count_nonzero(usable)))
         windows = served.windower.push(batch.values, usable, continues=batch.continues, muted=judged.muted)
-        if windows.muted:
-            self._report.muted(windows.muted)
+        self._report.muted(windows.muted)
         n = len(windows.starts)
         if not n:
             return
@@ -386,8 +384,7 @@ class Lane:
             )
         if not settled:
             state = replace(state, wanted_digest=wanted.digest, wanted_activation=wanted.activation)
-        if (mask := self._machine.mask) is not None:
-            state = replace(state, machine=mask.state, muted=mask.muted)
+        state = replace(state, **self._machine.said())
         if problem is not None:
             state = replace(state, code=problem.code, detail=problem.detail[:2000])
         return state

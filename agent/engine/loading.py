@@ -19,7 +19,7 @@ from contract.package import MAX_MANIFEST, parse_manifest
 from inference.accelerators import find
 from inference.registry import open_session, read_file
 from inference.scoring import Scorer
-from inference.session import Session
+from inference.session import Accompanied, Session
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,14 @@ def load(spec: LaneSpec) -> Served:
     variant = find_variant(manifest, spec)
     if spec.fit is not None:
         check_fit(spec.fit, pipeline.fit, len(pipeline.channels))
-    session = open_variant(variant, spec)
+    session, graph = open_variant(variant, spec), None
     try:
-        scorer = Scorer(session, pipeline, score, variant.inputs, variant.outputs)
+        if pipeline.graph is not None:
+            graph = open_session(
+                _verified(spec, pipeline.graph.file), "onnx", "cpu", resources=spec.resources
+            )
+            session = Accompanied(session, graph)
+        scorer = Scorer(session, pipeline, score, variant.inputs, variant.outputs, graph)
         scorer.warm_up()
     except BaseException:
         session.close()

@@ -1,4 +1,4 @@
-"""The machine that a lane watches: whether it runs, and what that mutes.
+"""Whether the machine that a lane watches runs, and what is muted while it does not.
 
 A model of a machine at work says nothing of one that stands, is set up, or
 has just begun. Rows of such times are left out of all windows, as rows with
@@ -6,7 +6,8 @@ missing samples are: nothing is scored, no alarm comes, no fit learns of it.
 
 An unknown state is another thing than a stopped machine. By default it mutes
 nothing, since a broken wire must not switch the watching off; but no fit is
-made from it, since a fit lasts.
+made from it, since a fit lasts. At the very start the first state is waited
+for, for as long as a state holds.
 """
 
 import logging
@@ -18,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.core.machine import Machine, Value
+from agent.engine import sources
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed
-from agent.engine.sources import NOTHING
 from agent.engine.sources.base import Batch, Table
 from agent.engine.sources.marks import Marks, Texts
 from contract.manifest import Pipeline
@@ -47,6 +48,10 @@ class Judged:
     """Rows that no calibration may touch: these, and those of an unknown state or a fresh start."""
 
 
+UNJUDGED: Final = Judged()
+"""Of rows of which nobody knows whether the machine ran."""
+
+
 class Mask:
     """Judges rows by the state that came with them. Used by one thread."""
 
@@ -60,6 +65,7 @@ class Mask:
         self._newest_t = LONG_AGO
         self._recipe: float | None = None
         self._ran: bool | None = None
+        """In the row before; None before the first, and while the first state is waited for."""
         self._since = LONG_AGO
         """When the machine last began to run, or to make something else."""
         self._began: int | None = None
@@ -88,19 +94,24 @@ class Mask:
             return Judged(np.zeros(0, np.bool_), np.zeros(0, np.bool_))
         self._follow_jumps(int(t[0]))
         settle, machine = round(self._machine.settle_s * 1e6), self._machine
+        self._began = int(t[0]) if self._began is None else self._began
+        waits = np.zeros(len(t), np.bool_) if self._ran is not None else self._waits(t, marks[:, 0])
         state = self._held(t, marks[:, 0])
         unknown = np.isnan(state)
-        runs = self.runs(state) | (unknown if machine.unknown == "runs" else False)
-        began = runs & ~np.concatenate([[runs[0] if self._ran is None else self._ran], runs[:-1]])
+        runs = (self.runs(state) | (unknown if machine.unknown == "runs" else False)) & ~waits
+        first = int(np.count_nonzero(waits))
+        before = np.concatenate([[runs[0] if self._ran is None else self._ran], runs[:-1]])
+        if 0 < first < len(t):
+            before[first] = runs[first]
+        began = runs & ~before
         if marks.shape[1] > 1:
             began |= self._changes(marks[:, 1])
         since = np.maximum.accumulate(np.where(began, t, LONG_AGO))
         since = np.maximum(since, self._since)
         settling = runs & (t < since + settle)
         muted = ~runs | settling
-        self._began = int(t[0]) if self._began is None else self._began
         unfit = muted | unknown | (t < self._began + settle)
-        self._ran, self._since = bool(runs[-1]), int(since[-1])
+        self._ran, self._since = None if waits[-1] else bool(runs[-1]), int(since[-1])
         self._say(float(state[-1]), runs=bool(runs[-1]), settling=bool(settling[-1]))
         return Judged(muted, unfit)
 
@@ -108,6 +119,13 @@ class Mask:
         """A clock that was set back must not mute for as long as it was wrong."""
         self._since, self._newest_t = min(self._since, t), min(self._newest_t, t)
         self._began = None if self._began is None else min(self._began, t)
+
+    def _waits(self, t: Times, state: Reals) -> Flags:
+        """Return the rows at the start that come before any state, for ``hold_s``."""
+        assert self._began is not None
+        never = np.logical_and.accumulate(np.isnan(state))
+        found: Flags = never & (t < self._began + round(self._machine.hold_s * 1e6))
+        return found
 
     def _held(self, t: Times, state: Reals) -> Reals:
         """Return the states, with the last one in place of those that are missing, for ``hold_s``."""
@@ -171,9 +189,22 @@ def _interval(value: Value, numbers: dict[str, float], texts: Texts) -> tuple[fl
 
 
 def _last_known(values: Reals, t: Times) -> tuple[Reals, Times]:
-    """Return for each value but the first the last not NaN, and its time; the first is from before."""
+    """Return for each value but the first, which is the one before, the last that is no NaN, and its time."""
     place = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))[1:]
     return values[place], t[place]
+
+
+def check(table: Table, machine: Machine | None) -> None:
+    """Raise ``config.invalid`` for what is wrong with a lane's sources as far as one sees without opening."""
+    if machine is None:
+        sources.check(table)
+        return
+    marks = Marks(machine.tags, Texts())
+    if machine.source is None:
+        sources.check(table, marks)
+    else:
+        sources.check(table)
+        sources.check(machine.source, marks)
 
 
 class MachineFeed:
@@ -200,10 +231,14 @@ class MachineFeed:
         batch = self._feed.poll(table, pipeline, limit)
         return None if batch is None else replace(batch, marks=self._at(batch.t, len(machine.tags)))
 
+    def said(self) -> dict[str, str]:
+        """Return what a lane's state says of the machine."""
+        return {} if self.mask is None else {"machine": self.mask.state, "muted": self.mask.muted}
+
     def judge(self, batch: Batch) -> Judged:
         """Return what the rows of ``batch`` are good for."""
         if self.mask is None or batch.marks is None:
-            return Judged()
+            return UNJUDGED
         before = self.mask.state, self.mask.muted
         judged = self.mask.judge(batch.t, batch.marks)
         if (self.mask.state, self.mask.muted) != before:
@@ -213,7 +248,8 @@ class MachineFeed:
         return judged
 
     def close(self) -> None:
-        """Give back a source of its own."""
+        """Give back the sources."""
+        self._feed.close()
         self._aside.close()
 
     def _become(self, machine: Machine | None) -> None:
@@ -234,13 +270,22 @@ class MachineFeed:
     # ---- a source of the state alone
 
     def _look_aside(self, table: Table, marks: Marks) -> None:
-        while (batch := self._aside.poll(table, NOTHING, AT_ONCE, marks)) is not None and len(batch.t):
+        while (batch := self._aside.poll(table, sources.NOTHING, AT_ONCE, marks)) is not None and len(
+            batch.t
+        ):
             assert batch.marks is not None
-            self._kept.extend(zip(batch.t.tolist(), map(tuple, batch.marks.tolist()), strict=True))
+            for t, values in zip(batch.t.tolist(), batch.marks.tolist(), strict=True):
+                self._keep(t, tuple(values))
         if self._aside.problem is not None:
             # What stood last is not known to stand any more.
-            self._kept.append((self._clock.wall(), (float("nan"),) * len(marks.tags)))
-        while len(self._kept) > MOST_KEPT:
+            self._keep(self._clock.wall(), (float("nan"),) * len(marks.tags))
+
+    def _keep(self, t: int, values: tuple[float, ...]) -> None:
+        """Remember a change; what repeats the one before says nothing new."""
+        if self._kept and str(self._kept[-1][1]) == str(values):  # so that NaN is equal to NaN
+            return
+        self._kept.append((max(t, self._kept[-1][0]) if self._kept else t, values))
+        if len(self._kept) > MOST_KEPT:
             self._kept.popleft()
 
     def _at(self, t: Times, width: int) -> Reals:

@@ -164,6 +164,8 @@ class Windower:
 
     def _quiet(self, kept: int, n: int, muted: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         """Return which of the rows at hand are muted, None where none is."""
+        if muted is None and self._tail_muted is None:
+            return None
         before = np.zeros(kept, np.bool_) if self._tail_muted is None else self._tail_muted
         now = np.zeros(n, np.bool_) if muted is None else muted
         return np.concatenate([before, now]) if before.any() or now.any() else None

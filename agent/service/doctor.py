@@ -86,11 +86,12 @@ def _runtimes() -> Finding:
 
 def _lanes(settings: AgentSettings) -> Iterator[Finding]:
     """Check the sources' settings as far as it can be done without opening them."""
-    from agent.engine import sinks, sources  # noqa: PLC0415 - numpy stays out of the supervisor
+    from agent.engine import machine as marks  # noqa: PLC0415 - numpy stays out of the supervisor
+    from agent.engine import sinks  # noqa: PLC0415 - numpy stays out of the supervisor
 
     for lane in settings.lanes:
         try:
-            sources.check(lane.source)
+            marks.check(lane.source, lane.machine)
         except PitheadError as error:
             yield Finding("lane", "failed", f"{lane.name}: {error.detail}", error.remedy)
         else:

@@ -200,8 +200,9 @@ def _render_model(model: ModelStatus) -> list[str]:
     ]
     for lane in model.lanes:
         why = f": {lane.code} {lane.detail}" if lane.code else ""
+        muted = f", muted: {lane.muted}" if lane.muted else ""
         lines.append(
-            f"  lane      {lane.lane} {lane.state}, {lane.windows} windows, {lane.errors} errors{why}"
+            f"  lane      {lane.lane} {lane.state}, {lane.windows} windows, {lane.errors} errors{muted}{why}"
         )
         lines += [_sink(sink) for sink in lane.sinks]
     if model.served is not None:

@@ -11,7 +11,7 @@ from agent.core.standing import Standing
 from agent.service.children import Children, Download
 from agent.service.events import Fetched, Probed
 from agent.service.reporting import Facts, Reporter
-from agent.service.world import World, installed_from, lookup, variant_files
+from agent.service.world import World, installed_from, lookup
 from contract.errors import PitheadError
 from contract.manifest import Manifest, target_path
 from contract.messages import Aftermath, AssignmentState, ModelAssignment, Name, Sha256
@@ -156,7 +156,8 @@ class Steps:
         self._world.chosen(digest)
         self._world.slots.save(
             slots.stage(
-                self._world.slots.get(wanted.model_name), installed_from(wanted, variant, choice.accelerator)
+                self._world.slots.get(wanted.model_name),
+                installed_from(wanted, manifest, variant, choice.accelerator),
             )
         )
         self._world.measured.pop(digest)
@@ -180,7 +181,8 @@ class Steps:
                 self._later(digest, step.variant, result)
                 return
         elif manifest is not None:
-            installed = installed_from(wanted, lookup(manifest, result.variant), result.accelerator)
+            variant = lookup(manifest, result.variant)
+            installed = installed_from(wanted, manifest, variant, result.accelerator)
             self._world.slots.save(slots.choose_again(found, installed))
             facts |= {"accelerator": result.accelerator, "why": result.why}
             log.info("choice.repeated", extra={"facts": facts})
@@ -229,7 +231,7 @@ class Steps:
             )
             return
         self._world.state.put({_probe_key(step): begun + 1})
-        refs = variant_files(lookup(manifest, step.variant))
+        refs = manifest.files_of(lookup(manifest, step.variant))
         files = {ref.path: self._world.objects.path(ref.sha256) for ref in refs}
         self._children.probe(step, manifest, files)
 
@@ -272,7 +274,7 @@ class Steps:
 def _downloads(manifest: Manifest, variant: Name) -> list[Download]:
     return [
         Download(target_path(manifest.name, manifest.version, ref.path), ref.sha256, ref.length)
-        for ref in variant_files(lookup(manifest, variant))
+        for ref in manifest.files_of(lookup(manifest, variant))
     ]
 
 

@@ -20,7 +20,7 @@ from agent.store.objects import ObjectStore
 from agent.store.slots import SlotStore
 from agent.store.state import StateStore
 from contract.errors import PitheadError
-from contract.manifest import FileRef, Manifest, Variant
+from contract.manifest import Manifest, Variant
 from contract.messages import Desired, ErrorCode, ModelAssignment, Name, Reporting, Sha256
 from contract.package import parse_manifest
 from inference.circumstances import differences
@@ -256,8 +256,8 @@ class World:
         for wanted in self.desired.models if self.desired is not None else ():
             needed.add(wanted.manifest_sha256)
             manifest = self._manifests.get(wanted.manifest_sha256)
-            for variant in self.candidates(manifest) if manifest is not None else ():
-                needed |= {ref.sha256 for ref in variant_files(variant)}
+            if manifest is not None:
+                needed |= {r.sha256 for v in self.candidates(manifest) for r in manifest.files_of(v)}
         return needed
 
     def forget(self) -> None:
@@ -306,7 +306,7 @@ class World:
     def _package(self, wanted: ModelAssignment, manifest: Manifest) -> plan.Package:
         fitting = self.candidates(manifest)
         complete = frozenset(
-            v.name for v in fitting if all(self.objects.has(r.sha256, r.length) for r in variant_files(v))
+            v.name for v in fitting if all(self.objects.has(r.sha256, r.length) for r in manifest.files_of(v))
         )
         measured = frozenset(self.measured.get(wanted.manifest_sha256, {}))
         return plan.Package(tuple(v.name for v in fitting), complete, measured)
@@ -399,19 +399,16 @@ class World:
         return f"{self.machine.device}/{digest}/{lane}/{binding}"
 
 
-def variant_files(variant: Variant) -> tuple[FileRef, ...]:
-    """Return the files that a variant needs: the model and its golden vectors."""
-    return (variant.file, variant.golden.file)
-
-
-def installed_from(wanted: ModelAssignment, variant: Variant, accelerator: str) -> Installed:
+def installed_from(
+    wanted: ModelAssignment, manifest: Manifest, variant: Variant, accelerator: str
+) -> Installed:
     """Return what a passed probe puts into standby."""
     return slots.Installed(
         version=wanted.version,
         digest=wanted.manifest_sha256,
         variant=variant.name,
         accelerator=accelerator,
-        files={ref.path: ref.sha256 for ref in variant_files(variant)},
+        files={ref.path: ref.sha256 for ref in manifest.files_of(variant)},
     )
 
 

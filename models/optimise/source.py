@@ -55,6 +55,10 @@ def of_package(
         version=version or _next(manifest.version),
         release_counter=release_counter or manifest.release_counter + 1,
     )
+    if manifest.pipeline is not None and manifest.pipeline.graph is not None:
+        raise PitheadError(
+            "config.invalid", f"{manifest.name} has a graph for its features: optimise its model file alone"
+        )
     model = Model(files[variant.file.path], variant.file, variant.format)
     contents = {path: file.read_bytes() for path, file in files.items()}
     return Source(

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from agent.engine.sources import check, open_source
 from agent.engine.sources.base import Source
+from agent.engine.sources.marks import Marks, Texts
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
 from tests.engine.conftest import Engine, free_port, make_package, until
@@ -409,3 +410,24 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], code: str, words: str):
 
 def test_settings_can_be_checked_without_a_server():
     check({"kind": "opcua", "url": "opc.tcp://x:1", "tags": [{"channel": "a", "address": "i=1"}]})
+
+
+def test_a_text_may_be_the_state_of_the_machine(machine: Machine):
+    machine.write("a", 4.0)
+    table: dict[str, Any] = {
+        "kind": "opcua",
+        "url": machine.url,
+        "tags": [{"channel": "a", "address": f"nsu={URI};s=a"}],
+        "publishing_ms": 20.0,
+    }
+    texts = Texts()
+    pipeline = Pipeline((Channel("a"),), 1, 1, (0.0,), (1.0,), sample_rate_hz=20.0)
+    source = open_source(table, pipeline, CLOCK, Marks(((f"nsu={URI};s=label", ""),), texts))
+    try:
+        batch = until(
+            lambda: (b := source.poll(100)) and len(b.t) and not np.isnan(b.marks[-1, 0]) and b, "a state"
+        )
+    finally:
+        source.close()
+    assert texts.text(batch.marks[-1, 0]) == "x"
+    assert batch.values[-1].tolist() == [4.0]

@@ -16,6 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from agent.engine.sources import check, open_source
 from agent.engine.sources.base import Source
 from agent.engine.sources.hold import Hold
+from agent.engine.sources.marks import Marks, Texts
 from agent.engine.sources.sparkplug import EdgeNode
 from agent.engine.sources.sparkplug_payload import parsed
 from contract.errors import PitheadError
@@ -418,3 +419,31 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], words: str):
         check(table)
     assert caught.value.code == "config.invalid"
     assert words in caught.value.detail
+
+
+def test_a_text_may_be_the_state_of_the_machine(broker: Broker, press: Press):
+    table: dict[str, Any] = {
+        "kind": "sparkplug",
+        "port": broker.port,
+        "group": "plant",
+        "edge_node": "press",
+        "device": "oven",
+        "delay_s": 0.1,
+    }
+    texts = Texts()
+    pipeline = Pipeline((Channel("temperature"),), 1, 1, (0.0,), (1.0,), sample_rate_hz=20.0)
+    source = open_source(table, pipeline, CLOCK, Marks((("note", ""),), texts))
+
+    def says(text: str) -> bool:
+        batch = source.poll(100)
+        return (
+            bool(batch and batch.marks is not None and len(batch.t))
+            and texts.text(batch.marks[-1, 0]) == text
+        )
+
+    try:
+        until(lambda: says("warm"), "the state of the birth")
+        press.send("DDATA", metric(None, "cold", 12, 13))
+        until(lambda: says("cold"), "another state, by its alias")
+    finally:
+        source.close()

@@ -30,10 +30,11 @@ def check(table: Table, marks: Marks | None = None) -> None:
 
 
 def open_source(table: Table, pipeline: Pipeline, clock: Clock, marks: Marks | None = None) -> Source:
-    """Open the source of ``table["kind"]`` for the channels of ``pipeline``, in its units, and ``marks``.
+    """Open the source that ``table["kind"]`` names for the channels of ``pipeline``, in its units.
 
-    Raises ``config.invalid`` for a wrong setting, ``source.plugin_broken`` for a third party's source that
-    cannot be used, and ``source.failed`` when the sensor does not answer.
+    ``marks`` are read along, into ``Batch.marks``. Raises ``config.invalid`` for a wrong setting,
+    ``source.plugin_broken`` for a third party's source that cannot be used, and ``source.failed`` when the
+    sensor does not answer.
     """
     opener: Opener = _module(table).open_source
     bare, conversion = bound(table, pipeline)

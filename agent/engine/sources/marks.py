@@ -65,7 +65,7 @@ class Marks:
 
 
 def value_of(value: object, channel: Channel) -> float | None:
-    """Return a value that came for ``channel`` as a number, NaN where missing; None for what is no number."""
+    """Return what came for ``channel`` as a number, NaN where it is missing; None where it is no number."""
     if value is None:
         return math.nan
     if isinstance(value, bool | int | float):
