@@ -326,9 +326,11 @@ def test_the_page_shows_every_setting_and_its_examples_hold():
     assert set(table["serve"]["mqtt"]) == set(ServeMqtt.__struct_fields__)
     plain = tomllib.loads("\n".join(blocks))
     assert parse(plain).serve == Serve(enabled=True, mqtt=ServeMqtt())
-    (other,) = (block for block in found_blocks if block not in blocks)
-    said = configuration.parse(other.encode())
-    one = tomllib.loads(other)["models"]["pump"]
+    others = [block for block in found_blocks if block not in blocks]
+    said = configuration.parse(others[0].encode())
+    one = tomllib.loads(others[0])["models"]["pump"]
     assert set(one) == {*ServedModel.__struct_fields__, "versions"}
+    for other in others:
+        configuration.parse(other.encode())
     assert said.models["pump"].cache_mb == 8
     assert said.clients["boss"].rate is None
