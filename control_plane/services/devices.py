@@ -29,6 +29,8 @@ class DeviceDetail(msgspec.Struct, frozen=True):
     device: DeviceRecord
     desired: Desired
     receipts: list[telemetry.ReceiptRecord]
+    summaries: list[telemetry.SummaryRecord]
+    """The newest of each model and source."""
 
 
 class Devices:
@@ -83,6 +85,7 @@ class Devices:
                 device=store.device(tx, device_id),
                 desired=desired.read(tx, device_id),
                 receipts=telemetry.receipts(tx, telemetry.Window(device=device_id, limit=RECENT_RECEIPTS)),
+                summaries=telemetry.newest_summaries(tx, device_id),
             )
 
     def change(
