@@ -204,10 +204,11 @@ class Bypass(Struct, frozen=True, omit_defaults=True):
 
 
 class Ailing(Struct, frozen=True, omit_defaults=True):
-    """A lane, its source or one of its sinks that does not do what it should."""
+    """A lane, its source, one of its sinks or a pipeline of served models that does not do what it should."""
 
     lane: Name
-    what: Literal["lane", "source", "sink"]
+    """Of a pipeline its own name."""
+    what: Literal["lane", "source", "sink", "pipeline"]
     state: Label
     """``failed`` and so on, as the device's own status has it; ``working`` where only ``lost`` speaks."""
     sink: Label = ""

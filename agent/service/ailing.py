@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from agent.ports import LaneState, SinkState
+from agent.ports import LaneState, ServeState, SinkState
 from agent.service import bypass
 from contract.messages import MAX_LISTED, Ailing, Bypass
 
@@ -13,12 +13,17 @@ TEXT: Final = 2000
 Signature = tuple[bool, frozenset[tuple[str, str, str, str | None]]]
 
 
-def ailing(lanes: Iterable[LaneState]) -> tuple[Ailing, ...]:
-    """Return the lanes, sources and sinks that do not work, and the sinks that have lost messages.
+def ailing(lanes: Iterable[LaneState], serve: ServeState | None = None) -> tuple[Ailing, ...]:
+    """Return the lanes, sources, sinks and pipelines that do not work, and the sinks that have lost messages.
 
     A sink that is bypassed is no trouble of its own: ``told`` says why.
     """
     found = [each for lane in lanes for each in _of_lane(lane)]
+    found += [
+        Ailing(each.name, "pipeline", "failed", code="serve.not_ready", detail=each.detail)
+        for each in (() if serve is None else serve.pipelines)
+        if each.detail
+    ]
     return tuple(sorted(found, key=lambda each: (each.lane, each.what, each.sink)))[:MAX_LISTED]
 
 

@@ -203,7 +203,7 @@ class Reporter:
 
     def _trouble_now(self) -> tuple[Bypass | None, tuple[Ailing, ...]]:
         world = self._world
-        return told(world.layout.bypass), ailing(world.lanes.values())
+        return told(world.layout.bypass), ailing(world.lanes.values(), world.serve)
 
     def _model(self, seen: plan.Observed, goal: plan.Goal) -> ReportedModel:
         found = seen.slots

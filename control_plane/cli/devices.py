@@ -203,7 +203,7 @@ def troubles(health: dict[str, Any], now: int) -> list[str]:
         since = f"{moment(bypass['since'])} ({ago(bypass['since'], now)})" if bypass["since"] else "unknown"
         lines.append(f"bypassed: no control is written, since {since}{who}{why}")
     for each in health.get("ailing", ()):
-        name = f"lane {each['lane']}"
+        name = f"{'pipeline' if each['what'] == 'pipeline' else 'lane'} {each['lane']}"
         if each["what"] == "sink":
             kind = each.get("kind") or "?"
             name += f": sink {each['sink']}" + (f" ({kind})" if kind != each["sink"] else "")
