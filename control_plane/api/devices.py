@@ -80,6 +80,9 @@ def router(devices: Devices) -> APIRouter:
         state: Annotated[str | None, Query(pattern="^(active|revoked)$")] = None,
         online: Annotated[bool | None, Query()] = None,
         name: Annotated[str | None, Query(max_length=64)] = None,
+        troubled: Annotated[
+            bool | None, Query(description="Whether its health tells of a bypass, or of what does not work.")
+        ] = None,
         cursor: str = "",
         limit: Limit = 100,
     ) -> Page[DeviceView]:
@@ -89,6 +92,7 @@ def router(devices: Devices) -> APIRouter:
             state=state,
             online=online,
             name=name,
+            troubled=troubled,
             after=cursor,
             limit=limit,
         )

@@ -32,6 +32,10 @@ def list_devices(
     group: Annotated[str | None, typer.Option(help="Devices of this group only.")] = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only these.")] = None,
     state: Annotated[str | None, typer.Option(help="active or revoked.")] = None,
+    troubled: Annotated[
+        bool | None,
+        typer.Option("--troubled/--untroubled", help="Only those that are bypassed or tell of what fails."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 1000,
     output: OutputOption = Output.TABLE,
     server: ServerOption = None,
@@ -42,7 +46,7 @@ def list_devices(
         found = every(
             api,
             "/api/v1/devices",
-            {"label": label, "group": group, "online": online, "state": state},
+            {"label": label, "group": group, "online": online, "state": state, "troubled": troubled},
             limit,
         )
     if output is Output.JSON:

@@ -66,6 +66,7 @@ class Devices:
         state: str | None = None,
         online: bool | None = None,
         name: str | None = None,
+        troubled: bool | None = None,
         after: str = "",
         limit: int = 100,
     ) -> list[DeviceRecord]:
@@ -75,7 +76,14 @@ class Devices:
             if group is not None:
                 selector |= store.group(tx, group).selector
             return store.devices(
-                tx, labels=selector, state=state, online=online, name=name, after=after, limit=limit
+                tx,
+                labels=selector,
+                state=state,
+                online=online,
+                name=name,
+                troubled=troubled,
+                after=after,
+                limit=limit,
             )
 
     def detail(self, device_id: str) -> DeviceDetail:

@@ -195,6 +195,14 @@ def test_what_runs_where(run: Run, seen_device: str) -> None:
         assert part in line
 
 
+def test_devices_that_tell_of_trouble_are_found(run: Run, seen_device: str, plant: Plant) -> None:
+    other = _enrol(plant)
+    plant.api.patch(f"/api/v1/devices/{other}", {"name": "oven"})
+    for option, found in (("--troubled", {seen_device}), ("--untroubled", {other})):
+        listed = run("devices", "list", "--label", "site=south", option).stdout
+        assert {device for device in (seen_device, other) if device in listed} == found
+
+
 def test_and_why(run: Run, seen_device: str) -> None:
     done = run("devices", "show", seen_device)
     assert done.returncode == 0, done.stderr
