@@ -204,11 +204,11 @@ class Bypass(Struct, frozen=True, omit_defaults=True):
 
 
 class Ailing(Struct, frozen=True, omit_defaults=True):
-    """A lane, its source, one of its sinks or a pipeline of served models that does not do what it should."""
+    """What does not do what it should: a lane, its source, its machine's state, a sink, a served pipeline."""
 
     lane: Name
     """Of a pipeline its own name."""
-    what: Literal["lane", "source", "sink", "pipeline"]
+    what: Literal["lane", "source", "machine", "sink", "pipeline"]
     state: Label
     """``failed`` and so on, as the device's own status has it; ``working`` where only ``lost`` speaks."""
     sink: Label = ""

@@ -49,6 +49,9 @@ def _of_lane(lane: LaneState) -> Iterator[Ailing]:
         yield Ailing(
             lane.lane, "source" if source else "lane", lane.state, code=lane.code, detail=lane.detail
         )
+    if lane.machine == "unknown":
+        detail = lane.muted or "its state is not known, so nothing is muted"
+        yield Ailing(lane.lane, "machine", "unknown", detail=detail)
     for sink in lane.sinks:
         if sink.state == "failed" or sink.lost:
             yield _of_sink(lane.lane, sink)

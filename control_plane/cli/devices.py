@@ -211,10 +211,11 @@ def troubles(health: dict[str, Any], now: int) -> list[str]:
         if each["what"] == "sink":
             kind = each.get("kind") or "?"
             name += f": sink {each['sink']}" + (f" ({kind})" if kind != each["sink"] else "")
-        elif each["what"] == "source":
-            name += ": source"
+        elif each["what"] in {"source", "machine"}:
+            name += f": {each['what']}"
         counts = [f"{each[what]} {what}" for what in ("waiting", "lost") if each.get(what)]
-        why = f": {_why(each['code'], each.get('detail', ''))}" if each.get("code") else ""
+        said = _why(each.get("code"), each.get("detail", ""))
+        why = f": {said}" if said else ""
         lines.append(f"{name} {', '.join([each['state'], *counts])}{why}")
     return lines
 

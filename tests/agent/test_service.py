@@ -585,6 +585,9 @@ def test_health_says_of_the_bypass_and_of_what_ails_whoever_wrote_it(bench: Benc
     )
     bench.world.lane_said(msgspec.structs.replace(lane, windows=7), bench.now)
     assert not reporter.has_news(), "counts are none"
+    bench.world.lane_said(LaneState("line", "pump", "running", machine="unknown"), bench.now)
+    assert reporter.has_news()
+    assert [(each.what, each.state, each.code) for each in sent().ailing] == [("machine", "unknown", None)]
     bench.layout.bypass.write_bytes(b"")  # by touch
     os.utime(bench.layout.bypass, (5, 5))
     assert sent().bypass == Bypass(5_000_000)
