@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from agent.core.machine import Machine
-from agent.core.serve_models import Client, ServedModel
+from agent.core.serve_models import Client, PipelineSpec, ServedModel
 from contract.errors import PitheadError
 from contract.messages import Name
 from inference.accelerators import Custom, Resources
@@ -95,6 +95,8 @@ class Serve(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     models: dict[Name, ServedModel] = {}
     clients: dict[str, Client] = {}
     """By the name of their token; ``*`` for each without a table, ``mqtt`` for all that ask by a broker."""
+    pipelines: dict[Name, PipelineSpec] = {}
+    """Graphs of the models that the fleet has put on the device."""
     mqtt: ServeMqtt | None = None
 
 
@@ -171,6 +173,7 @@ def parse(
     ``more_kinds`` and ``more_sinks`` name the sources and sinks of third parties; they are asked only for
     a kind that the house has not.
     """
+    _check_versions(table)
     try:
         settings = msgspec.convert(table, AgentSettings)
     except msgspec.ValidationError as error:
@@ -225,6 +228,36 @@ def _check_serve(serve: Serve) -> None:
         raise _refuse(missing, "a certificate needs its key, and a key its certificate")
     if serve.grpc_port == serve.http_port != 0:
         raise _refuse("grpc_port", f"{serve.grpc_port} is the http_port too")
+    for name, pipeline in serve.pipelines.items():
+        for place, step in enumerate(pipeline.steps):
+            key = f"pipelines.{name}.steps[{place}]"
+            if step.version:
+                raise _refuse(f"{key}.version", "versions are the fleet's to choose")
+            if step.model in serve.pipelines:
+                raise _refuse(f"{key}.model", f"{step.model!r} is a pipeline itself; steps are models")
+
+
+STEERS: Final = ("split", "shadow", "bandit", "versions")
+"""What ``serve.toml`` of a server without a fleet may say of a model, and a device may not."""
+
+
+def _check_versions(table: object) -> None:
+    """Raise ``config.invalid`` for what would choose between versions of a model on a device."""
+    models = _below(_below(table, "serve"), "models")
+    for name in models:
+        if found := next((key for key in STEERS if key in _below(models, name)), None):
+            raise _refuse(
+                f"models.{name}.{found}",
+                "a device serves one version of each model, the one that its fleet has activated, so there "
+                "is nothing to choose or to compare here. Rollouts compare versions over devices "
+                "(docs/rollouts.md); a server without a fleet has this in serve.toml",
+            )
+
+
+def _below(table: object, key: str) -> Mapping[str, object]:
+    """Return a table of a table, empty where there is none: what is no table is refused later."""
+    found = table.get(key) if isinstance(table, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _refuse(key: str, why: str) -> PitheadError:

@@ -43,6 +43,19 @@ def read(path: Path) -> Bypass | None:
         return Bypass()
 
 
+def since_us(found: Bypass, path: Path) -> int:
+    """Return since when it is on, microseconds UTC: as it says, else as old as its file is; 0 if unknown."""
+    try:
+        since = datetime.fromisoformat(found.since)
+        seconds = (since if since.tzinfo is not None else since.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        try:
+            seconds = path.lstat().st_mtime
+        except OSError:
+            return 0
+    return max(0, round(seconds * 1e6))
+
+
 def render(found: Bypass | None) -> str:
     """Return one line for a person."""
     if found is None:

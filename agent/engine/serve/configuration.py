@@ -4,16 +4,15 @@ Tables: ``[models.<name>...]`` for a model, ``[clients.<name>]`` for who asks, `
 graph of models.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from agent.core.serve_models import Client, ServedModel
+from agent.core.serve_models import Client, PipelineSpec, ServedModel
+from agent.core.settings import Serve
 from agent.engine.serve.bandit import Bandit
-from agent.engine.serve.pipeline_plan import Spec
 from agent.engine.serve.shadow_settings import Shadow
 from agent.engine.serve.split import Split
 from contract.errors import PitheadError
@@ -55,7 +54,7 @@ class Configuration(Struct, frozen=True, forbid_unknown_fields=True):
 
     models: dict[str, Model] = {}
     clients: dict[str, Client] = {}
-    pipelines: dict[str, Spec] = {}
+    pipelines: dict[str, PipelineSpec] = {}
 
 
 def read(directory: Path) -> Configuration:
@@ -91,8 +90,7 @@ def parse(content: bytes, where: str = NAME) -> Configuration:
     return said
 
 
-def of_device(models: Mapping[str, ServedModel], clients: Mapping[str, Client]) -> Configuration:
+def of_device(said: Serve) -> Configuration:
     """Return what ``[serve]`` of ``agent.toml`` says; versions are the fleet's to choose."""
-    return Configuration(
-        {name: Model(**msgspec.structs.asdict(said)) for name, said in models.items()}, dict(clients)
-    )
+    models = {name: Model(**msgspec.structs.asdict(model)) for name, model in said.models.items()}
+    return Configuration(models, dict(said.clients), dict(said.pipelines))

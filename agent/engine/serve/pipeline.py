@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from agent.core.serve_models import PipelineSpec as Spec
 from agent.engine.serve import tensors
-from agent.engine.serve.pipeline_plan import Plan, Planned, Spec
+from agent.engine.serve.pipeline_plan import Plan, Planned
 from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.routing import Done, Held
 from agent.engine.serve.served import fits

@@ -9,11 +9,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from agent.core.serve_models import PipelineSpec as Spec
 from agent.engine.serve import describe
 from agent.engine.serve.catalogue import MAX_WAITING, Catalogue, State
 from agent.engine.serve.describe import IndexEntry, ModelMetadata
 from agent.engine.serve.pipeline import VERSION, Pipeline
-from agent.engine.serve.pipeline_plan import Interface, Planned, Spec, plan
+from agent.engine.serve.pipeline_plan import Interface, Planned, plan
 from agent.engine.serve.requests import InferRequest
 from agent.engine.serve.routing import Done, Held, Routed
 from contract.errors import PitheadError
