@@ -28,6 +28,7 @@ from tests.engine.test_mqtt import CLOCK
 
 URI = "urn:plant:press"
 NAMES = ("a", "b", "c")
+SECURE = {"security_policy": "Basic256Sha256", "key_file": "k", "server_certificate_file": "s"}
 
 
 class Users:
@@ -393,8 +394,9 @@ def test_basic256sha256_with_certificates_and_a_password(tmp_path: Path, opened:
         ({"security_policy": "None"}, "config.invalid", "security_policy"),
         ({"security_policy": "Basic256Sha256"}, "config.invalid", "certificate_file is missing"),
         ({"credentials_file": "/no/such"}, "source.failed", "credentials_file"),
-        ({"certificate_file": "/no/such"}, "source.failed", "certificate_file"),
-        ({"certificate_file": __file__}, "source.failed", "certificate_file"),
+        ({**SECURE, "certificate_file": "/no/such"}, "source.failed", "certificate_file"),
+        ({**SECURE, "certificate_file": __file__}, "source.failed", "certificate_file"),
+        ({"certificate_file": "/no/such"}, "config.invalid", "certificate_file stands without"),
         ({"sample_ms": 1}, "config.invalid", "sample_ms"),
     ],
 )

@@ -3,7 +3,8 @@
 A row has for each channel the newest value whose time is not after the row's.
 A row waits ``delay`` for values that are on their way; a value that comes
 after the row it belongs to is late: it counts as a lost sample, and stands
-from the next row on. All times are microseconds UTC.
+from the next row on. A value far older than the one before it says that the
+sensor's clock was set back, and is the newest all the same. All times are microseconds UTC.
 """
 
 import logging
@@ -59,7 +60,9 @@ class Hold:
             self._next = now + self._period
         self._offline = False
         newest = self._since[place]
-        if newest is not None and taken < newest:
+        if newest is not None and newest - taken > MAX_BEHIND_US:
+            self._set_back(place, newest - taken)
+        elif newest is not None and taken < newest:
             self._lost += 1
             return
         if newest is not None and taken <= self._next - self._period and t is not None:
@@ -126,6 +129,14 @@ class Hold:
                 if since is not None and t - since > self._max_age:
                     row[place] = NOTHING
         return row
+
+    def _set_back(self, place: int, by: int) -> None:
+        """The sensor's clock was set back: what it said before is older than what it says now."""
+        self._gap = True
+        self._pending[place].clear()
+        log.warning(
+            "source.clock_back", extra={"facts": {"source": self._name, "seconds": round(by / 1e6, 1)}}
+        )
 
     def _believed(self, t: int | None, now: int) -> int:
         if t is None or t - now > MAX_AHEAD_US:

@@ -63,6 +63,11 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of the rows; default: the manifest's."""
     max_body_bytes: Annotated[int, Meta(ge=1024, le=64 * 1024 * 1024)] = 1024 * 1024
 
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a key that would not be used."""
+        if self.key_file is not None and self.certificate_file is None:
+            raise ValueError("key_file stands without certificate_file: nothing would be encrypted")
+
 
 SETTINGS: Final = HttpSettings
 
