@@ -53,6 +53,7 @@ class MqttSink:
         )
         self._client.on_connect = self._connected
         self._client.on_publish = self._acknowledged
+        self._client.on_disconnect = self._disconnected
         self._client.connect_timeout = given.timeout_s
         if given.tls:
             self._client.tls_set_context(tls_context(given, WHERE, "sink.failed"))
@@ -90,7 +91,7 @@ class MqttSink:
         """See ``MessageSink``."""
         self._client.disconnect()
         self._client.loop_stop()
-        self._client.on_connect = self._client.on_publish = None
+        self._client.on_connect = self._client.on_publish = self._client.on_disconnect = None
 
     def _connect(self) -> None:
         given = self._given
@@ -107,6 +108,14 @@ class MqttSink:
     def _connected(self, _client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         self._problem = f"refused: {reason}" if reason.is_failure else None
         self._answered.set()
+
+    def _disconnected(
+        self, _client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any
+    ) -> None:
+        """Hear of an end before the answer: a broker that refuses a certificate says so by leaving."""
+        if not self._answered.is_set():
+            self._problem = f"the broker ended the connection: {reason}"
+            self._answered.set()
 
     def _acknowledged(
         self, _client: Client, _userdata: Any, _mid: int, reason: Any, _properties: Any
