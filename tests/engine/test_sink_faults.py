@@ -1,6 +1,7 @@
 """What plants, people and third parties do wrong to sinks, and what must not come of it."""
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -208,6 +209,42 @@ def machine() -> Iterator[Machine]:
     made = Machine()
     yield made
     made.end()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("", "no answer in 0.2 s"),
+        ("777700000006010600010001", "no answer in 0.2 s"),
+        ("{tid}0000000501030200 01", "of function 3"),
+        ("{tid}00000003018602", "exception 2"),
+        ("{tid}0000000601", "no answer|onnection"),
+    ],
+    ids=["silent", "of another request", "of another function", "refused", "half"],
+)
+def test_a_controller_that_answers_something_else_has_not_been_written(answer: str, words: str):
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            asked = connection.recv(64)
+            connection.sendall(bytes.fromhex(answer.format(tid=asked[:2].hex())))
+            connection.recv(64)  # until the client leaves
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    port = server.getsockname()[1]
+    found = sinks.plan({"kind": "modbus", "host": "127.0.0.1", "port": port, "alarm": "holding:1", "safe": 0,
+                        "timeout_s": 0.2})  # fmt: skip
+    made: Any = found.open(found.table)
+    try:
+        with pytest.raises(PitheadError, match=words):
+            made.write(Outputs(1, None, quality=True, heartbeat=1))
+    finally:
+        made.close()
+        thread.join(10)
+        server.close()
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0])

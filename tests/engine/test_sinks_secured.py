@@ -178,6 +178,7 @@ def test_an_opcua_server_with_certificates_and_a_password_through_a_whole_engine
         assert value("valid") is True
         before = value("beat")
         until(lambda: value("beat") != before, "the heart beats")
+        supervisor.close()
         assert engine.stop() == 0
         assert (value("alarm"), value("valid")) == (9, False)
     finally:

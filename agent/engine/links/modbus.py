@@ -20,6 +20,9 @@ FORMATS: Final = {
     "float64": "d",
 }
 """Of ``struct``, by the datatypes of the configuration."""
+READS: Final = {"coil": 1, "discrete": 2, "holding": 3, "input": 4}
+WRITES: Final = {"coil": 5, "holding": 6, "several": 16}
+"""Function codes, by the protocol; an answer has its request's."""
 HIGHEST: Final = 65535
 """The last register, and the largest value of one."""
 HIGHEST_UNIT: Final = 255

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from agent.engine.links.modbus import FORMATS, HIGHEST, HIGHEST_UNIT, Link, ModbusServer
+from agent.engine.links.modbus import FORMATS, HIGHEST, HIGHEST_UNIT, WRITES, Link, ModbusServer
 from agent.engine.sinks.base import (
     Control,
     Factor,
@@ -150,6 +150,11 @@ class ModbusSink:
             raise failed(self._name, f"{key} {where}: {self._link.told(error)}") from error
         if answer.isError():
             raise failed(self._name, f"{key} {where}: refused, exception {answer.exception_code}")
+        if (
+            answer.function_code
+            != WRITES["coil" if where.coil else "several" if key == "score" else "holding"]
+        ):
+            raise failed(self._name, f"{key} {where}: the answer is of function {answer.function_code}")
 
 
 def check(table: Table, keys: Control) -> None:

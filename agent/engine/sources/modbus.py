@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import Meta
 
 from agent.engine.clock import Clock
-from agent.engine.links.modbus import FORMATS, HIGHEST, HIGHEST_UNIT, Link, ModbusServer
+from agent.engine.links.modbus import FORMATS, HIGHEST, HIGHEST_UNIT, READS, Link, ModbusServer
 from agent.engine.sources.base import Source, Table, sample_rate, settings
 from agent.engine.sources.inbox import ThreadedSource
 from agent.engine.sources.tags import Address, addresses
@@ -233,7 +233,11 @@ class ModbusSource(ThreadedSource):
             raise PitheadError("source.failed", f"{block}: {self._link.told(error)}") from error
         if not answer.isError():
             got = len(answer.bits) if block.kind in {"coil", "discrete"} else len(answer.registers)
-            if got < block.count:
+            if answer.function_code != READS[block.kind]:
+                raise PitheadError(
+                    "source.failed", f"{block}: the answer is of function {answer.function_code}"
+                )
+            if got < block.count or (block.kind in {"holding", "input"} and got > block.count):
                 raise PitheadError("source.failed", f"{block}: {got} values came for {block.count}")
         return answer
 
