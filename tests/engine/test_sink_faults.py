@@ -19,6 +19,7 @@ from agent.engine.sinks.base import Outputs
 from agent.engine.sinks.tray import Tray
 from agent.engine.sinks.worker import ControlWorker, MessageWorker, Worker
 from agent.service import bypass
+from agent.service.exposed import exposed
 from agent.store import durable
 from contract.errors import PitheadError
 from tests.engine.conftest import until
@@ -417,3 +418,25 @@ def test_a_bypass_is_possible_on_a_full_disk(tmp_path: Path, monkeypatch: pytest
     bypass.switch_on(path, datetime(2026, 1, 1, tzinfo=UTC), "me", "it burns")
     assert bypass.read(path) is not None
     assert os.path.lexists(path)
+
+
+def test_secrets_that_others_can_read_are_told_of(tmp_path: Path):
+    files = {}
+    for name, mode in (("open.toml", 0o644), ("shut.toml", 0o600)):
+        files[name] = str(tmp_path / name)
+        Path(files[name]).write_text("x")
+        Path(files[name]).chmod(mode)
+    plain = {"kind": "mqtt", "host": "broker.plant", "credentials_file": files["open.toml"]}
+    tables = [plain, {"kind": "http", "url": "http://hooks.plant/", "token_file": files["shut.toml"]}]
+    fine = [
+        {"kind": "mqtt", "host": "b", "tls": True, "ca_file": "x", "credentials_file": files["shut.toml"]},
+        {"kind": "http", "url": "http://127.0.0.1/", "token_file": files["shut.toml"]},
+    ]
+    lane = {"name": "a", "model": "m", "source": {"kind": "system"}}
+    assert list(exposed(parse({"lanes": [lane | {"sinks": fine}]}))) == []
+    found = [detail for detail, _ in exposed(parse({"lanes": [lane | {"sinks": tables}]}))]
+    assert found == [
+        f"a: sinks[0]: credentials_file {files['open.toml']} can be read by everybody on this device",
+        "a: sinks[0]: the password goes unencrypted to broker.plant",
+        "a: sinks[1]: the password goes unencrypted to hooks.plant",
+    ]

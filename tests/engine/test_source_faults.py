@@ -18,10 +18,12 @@ from agent.engine.feed import Feed
 from agent.engine.machine import MachineFeed
 from agent.engine.sources.base import Batch
 from agent.engine.sources.hold import Hold
+from agent.engine.sources.sparkplug import EdgeNode
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
 from tests.engine.conftest import until
 from tests.engine.test_mqtt import CLOCK, MOSQUITTO, Broker, pipeline, received
+from tests.engine.test_source_sparkplug import metric, payload
 
 PIPE = Pipeline((Channel("a"), Channel("b")), 1, 1, (0.0,) * 2, (1.0,) * 2, sample_rate_hz=10.0)
 TAGS = [{"channel": c, "address": f"i={n}"} for n, c in enumerate("ab")]
@@ -241,6 +243,20 @@ def test_what_would_never_come_or_go_in_the_clear_is_refused(table: Any, words: 
     with pytest.raises(PitheadError) as caught:
         sources.open_source(table, PIPE, CLOCK).close()
     assert (caught.value.code, words in caught.value.detail) == ("config.invalid", True), caught.value
+
+
+def test_a_metric_that_a_new_birth_lacks_does_not_stand_for_ever():
+    hold = Hold("x", 2, 10.0)
+    node = EdgeNode(("a", "b"), "oven", hold, own_time=False)
+    now = 1_700_000_000_000_000
+    node.message("NBIRTH", None, payload(metric("bdSeq", 1, 8), seq=0), now)
+    assert (
+        node.message("DBIRTH", "oven", payload(metric("a", 1.0, 10), metric("b", 2.0, 10), seq=1), now)
+        is False
+    )
+    assert node.born
+    with pytest.raises(PitheadError, match="no metric 'b'"):
+        node.message("DBIRTH", "oven", payload(metric("a", 1.0, 10), seq=2), now)
 
 
 # ---- files

@@ -130,6 +130,8 @@ class EdgeNode:
     def _birth(self, payload: payloads.Payload, now: int) -> bool:
         if len(payload.samples) > MAX_METRICS:
             raise PitheadError("source.failed", f"a birth of more than {MAX_METRICS} metrics")
+        # What an older birth said does not count: a metric that is gone must not stand for ever.
+        self._aliases, self._datatypes = {}, {}
         for sample in payload.samples:
             if sample.name in self._places:
                 self._datatypes[sample.name] = sample.datatype
