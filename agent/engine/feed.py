@@ -76,7 +76,7 @@ class Feed:
         except PitheadError as error:
             self._failed(error)
             return None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("source.broke", extra={"facts": {"lane": self._lane}})
             self._failed(PitheadError("source.failed", f"{type(error).__name__}: {error}"))
             return None
@@ -116,7 +116,7 @@ class Feed:
             return
         try:
             source.close()
-        except Exception as error:  # noqa: BLE001 - a third party's source may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's source may raise anything
             facts = {"lane": self._lane, "detail": f"{type(error).__name__}: {error}"}
             log.warning("source.not_closed", extra={"facts": facts})
 

@@ -1,4 +1,4 @@
-"""Secrets that the configuration names, and who could read them: on the disk, or on the wire."""
+"""Files that the configuration names and are not there, and secrets that others could read."""
 
 import stat
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,14 @@ def exposed(settings: AgentSettings) -> Iterator[tuple[str, str]]:
             yield f"{where}: the password goes unencrypted to {host}", f"{remedy}, with the server's ca_file"
 
 
+def missing(settings: AgentSettings) -> Iterator[str]:
+    """Yield each file that a lane, or serving by a broker, needs and that is not there."""
+    for where, table in _tables(settings):
+        for key, path in table.items():
+            if key.endswith("_file") and isinstance(path, str) and _is_missing(Path(path)):
+                yield f"{where}: there is no {key} {path}"
+
+
 def _tables(settings: AgentSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for lane in settings.lanes:
         yield f"{lane.name}: source", lane.source
@@ -39,6 +47,16 @@ def _tables(settings: AgentSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "serve", {"tls_key_file": serve["tls_key_file"]}
     if settings.serve.mqtt is not None:
         yield "serve.mqtt", structs.asdict(settings.serve.mqtt) | {"kind": "mqtt"}
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # who runs this may not look there
+    return False
 
 
 def _everybody_reads(path: Path) -> bool:

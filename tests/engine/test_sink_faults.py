@@ -19,7 +19,7 @@ from agent.engine.sinks.base import Outputs
 from agent.engine.sinks.tray import Tray
 from agent.engine.sinks.worker import ControlWorker, MessageWorker, Worker
 from agent.service import bypass
-from agent.service.exposed import exposed
+from agent.service.exposed import exposed, missing
 from agent.store import durable
 from contract.errors import PitheadError
 from tests.engine.conftest import until
@@ -38,7 +38,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.fails: list[Exception] = []
+        self.fails: list[BaseException] = []
         self.answer: Any = 0
         self.held = threading.Event()
         self.held.set()
@@ -160,7 +160,7 @@ def test_the_last_word_is_tried_again_where_the_connection_had_gone(
     until(lambda: wire.calls == [9], "safe at first")
     one.judged(1.0, alarm=True)
     until(lambda: wire.calls == [9, 2], "the alarm")
-    wire.fails = [ConnectionResetError("idle for too long"), BrokenPipeError("still")]
+    wire.fails = [ConnectionResetError("idle for too long"), SystemExit("a library gave up")]
     one.stop()
     assert one.join(10)
     assert wire.calls == [9, 2, 9]
@@ -440,3 +440,4 @@ def test_secrets_that_others_can_read_are_told_of(tmp_path: Path):
         "a: sinks[0]: the password goes unencrypted to broker.plant",
         "a: sinks[1]: the password goes unencrypted to hooks.plant",
     ]
+    assert list(missing(parse({"lanes": [lane | {"sinks": fine}]}))) == ["a: sinks[0]: there is no ca_file x"]

@@ -35,7 +35,7 @@ def plan(table: Table) -> Plan:
         return _planned(table, module)
     except PitheadError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Code of somebody else must not take the engine with it.
         detail = f"sink {table['kind']!r}: {type(error).__name__}: {error}"
         raise PitheadError("sink.plugin_broken", detail) from error

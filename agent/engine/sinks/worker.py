@@ -103,7 +103,7 @@ class Worker(ABC):
     def _open(self) -> Way:
         return self._plan.open(self._plan.table)
 
-    def _tried(self, error: Exception) -> None:
+    def _tried(self, error: BaseException) -> None:
         """Note a failure, and when to try again."""
         known = isinstance(error, PitheadError | OSError)
         if not known:
@@ -198,7 +198,7 @@ class MessageWorker(Worker):
                     self._sink = self._open()  # type: ignore[assignment]
                 messages = self._held[: getattr(self._sink, "at_once", AT_ONCE)]
                 refused = self._sent_now(messages) if messages else 0
-        except Exception as error:  # noqa: BLE001 - a third party's sink may raise anything; _tried says what
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's; _tried says what
             self._close()
             self._tried(error)
             return
@@ -326,7 +326,7 @@ class ControlWorker(Worker):
         try:
             with self._busy():
                 self._written_now(wanted)
-        except Exception as error:  # noqa: BLE001 - a third party's sink may raise anything; _tried says what
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's; _tried says what
             self._close()
             self._written = None
             if self._may():  # else the next turn says why
