@@ -16,6 +16,7 @@ from agent.engine.check import Tally, render
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed
 from agent.engine.machine import MachineFeed
+from agent.engine.sources import http
 from agent.engine.sources.base import Batch
 from agent.engine.sources.hold import Hold
 from agent.engine.sources.sparkplug import EdgeNode
@@ -179,6 +180,17 @@ def test_a_clock_of_the_device_that_is_set_back_forgets_no_state(sensor: Sensor,
     judged()
     assert judged()[-1] is False
     both.close()
+
+
+def test_a_clock_of_the_device_that_is_set_back_refuses_no_rows_that_are_pushed():
+    order, now = http.Order(("a",), 10.0), 1_900_000_000_000_000
+    order.sort([http.Row([1.0])], now)
+    now -= 3_600_000_000
+    stretches, late = order.sort([http.Row([2.0], now), http.Row([3.0])], now + 100_000)
+    assert (late, [(s.rows, s.lost, s.gap) for s in stretches]) == (
+        0,
+        [([(now, [2.0]), (now + 100_000, [3.0])], 0, True)],
+    )
 
 
 # ---- brokers

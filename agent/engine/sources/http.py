@@ -124,6 +124,10 @@ class Order:
         """Return the rows in stretches without a gap, and how many were late; raises ``Refused``."""
         stretches: list[Stretch] = []
         newest, late = self._newest, 0
+        # No row was ever further ahead than this: the device's clock was set back since.
+        set_back = newest is not None and newest - now > AHEAD_US
+        if set_back:
+            newest = None
         for number, row in enumerate(rows):
             values = self._values(row, number)
             t = _time(row.t, number, now)
@@ -134,7 +138,7 @@ class Order:
                 continue
             lost = self._between(newest, t)
             if lost or not stretches:
-                stretches.append(Stretch([], lost))
+                stretches.append(Stretch([], lost, gap=lost > 0 or (set_back and not stretches)))
             stretches[-1].rows.append((t, values))
             newest = t
         self._newest = newest
@@ -162,6 +166,7 @@ class Stretch(Struct):
 
     rows: list[tuple[int, list[float]]]
     lost: int
+    gap: bool
 
 
 def _number(value: object, number: int, channel: Channel) -> float:
@@ -254,7 +259,7 @@ class HttpSource(LoopSource):
             raise Refused(429, f"{len(rows)} rows, there is room for {room}; send them again later")
         stretches, late = self._order.sort(rows, self._clock.wall())
         for stretch in stretches:
-            self.inbox.put(stretch.rows, lost=stretch.lost, gap=stretch.lost > 0)
+            self.inbox.put(stretch.rows, lost=stretch.lost, gap=stretch.gap)
         if late:
             self.inbox.miss(late)
         return Answer(len(rows) - late, late)
