@@ -74,6 +74,12 @@ class LocalBroker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             raise ValueError("key_file stands without certificate_file")
 
 
+class PlantBroker(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A broker that may be older than MQTT 5."""
+
+    protocol: Literal["5", "3.1.1"] = "5"
+
+
 class ServeMqtt(LocalBroker, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """Requests as messages on a broker of the plant: ``<prefix>/<model>``."""
 

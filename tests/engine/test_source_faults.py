@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.core.machine import Machine
-from agent.engine import plugins, sources
+from agent.engine import plugins, sinks, sources
 from agent.engine.check import Tally, render
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed
@@ -24,6 +24,7 @@ from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
 from tests.engine.conftest import until
 from tests.engine.test_mqtt import CLOCK, MOSQUITTO, Broker, pipeline, received
+from tests.engine.test_sinks import FIRST
 from tests.engine.test_source_sparkplug import metric, payload
 
 PIPE = Pipeline((Channel("a"), Channel("b")), 1, 1, (0.0,) * 2, (1.0,) * 2, sample_rate_hz=10.0)
@@ -197,7 +198,10 @@ def test_a_clock_of_the_device_that_is_set_back_refuses_no_rows_that_are_pushed(
 
 
 @broker_needed
-def test_a_retained_sample_is_no_sample_of_now_but_a_retained_state_is(tmp_path: Path):
+@pytest.mark.parametrize(("protocol", "logged"), [("5", "p5"), ("3.1.1", "p2")])
+def test_a_retained_sample_is_no_sample_of_now_but_a_retained_state_is(
+    tmp_path: Path, protocol: str, logged: str
+):
     broker = Broker(tmp_path)
     publisher = broker.publisher()
     marks = sources.Marks((("state", ""),), sources.marks.Texts())
@@ -205,7 +209,14 @@ def test_a_retained_sample_is_no_sample_of_now_but_a_retained_state_is(tmp_path:
     try:
         for topic, value in (("x/a", "1"), ("x/b", "2"), ("state", "RUN")):
             publisher.publish(topic, value, qos=1, retain=True).wait_for_publish(5)
-        table: Any = {"kind": "mqtt", "port": broker.port, "topics": ["x/a", "x/b"]}
+        table: Any = {"kind": "mqtt", "port": broker.port, "protocol": protocol} | {
+            "client_id": "press",
+            "topics": ["x/a", "x/b"],
+        }
+        sink = sinks.plan({"kind": "mqtt", "port": broker.port, "protocol": protocol})
+        made: Any = sink.open(sink.table)
+        assert made.send([FIRST]) == 0
+        made.close()
         source = sources.open_source(table, PIPE, CLOCK, marks)
         until(lambda: source.poll(1), "the source is subscribed")
         for topic, value in (("x/a", "3"), ("x/b", "4")):
@@ -213,6 +224,7 @@ def test_a_retained_sample_is_no_sample_of_now_but_a_retained_state_is(tmp_path:
         batch = until(lambda: (b := source.poll(10)) and len(b.t) and b, "a row")
         assert batch.values.tolist() == [[3.0, 4.0]]
         assert marks.texts.text(batch.marks[0, 0]) == "RUN"
+        assert f"as press ({logged}," in (tmp_path / "mosquitto.log").read_text()
     finally:
         publisher.disconnect()
         publisher.loop_stop()
@@ -305,6 +317,31 @@ def test_a_recording_that_can_be_misread_is_not_read(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(PitheadError, match=words):
         replayed(path)
+
+
+class Bomb:
+    """What a pickle would do when it is read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["r.npy", "r.npz", "records.npy"])
+def test_a_pickle_in_a_recording_is_not_read(tmp_path: Path, name: str):
+    path, sprung = tmp_path / name, tmp_path / "sprung"
+    bombs = np.array([[Bomb(str(sprung))] * 2], object)
+    if name == "records.npy":
+        bombs = np.array([(1.0, Bomb(str(sprung)))], [("a", float), ("b", object)])
+    if name == "r.npz":
+        np.savez(path, a=bombs[0], b=bombs[0])
+    else:
+        np.save(path, bombs, allow_pickle=True)
+    with pytest.raises(PitheadError, match=r"allow_pickle|Object arrays|objects"):
+        replayed(path)
+    assert not sprung.exists()
 
 
 def test_a_torn_archive_is_named(tmp_path: Path):

@@ -8,18 +8,18 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import PlantBroker
 from agent.engine.sinks.base import WHERE, Message, Table, failed, settings
-from agent.engine.sources.broker import tls_context
+from agent.engine.sources.broker import tls_context, version
 from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
 
 KEEPALIVE_S: Final = 30
 
 
-class MqttSettings(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MqttSettings(PlantBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sink's own keys."""
 
     kind: Literal["mqtt"]
@@ -48,7 +48,7 @@ class MqttSink:
         self._client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=given.client_id,
-            protocol=MQTTProtocolVersion.MQTTv5,
+            protocol=version(given),
             reconnect_on_failure=False,
         )
         self._client.on_connect = self._connected

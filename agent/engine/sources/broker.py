@@ -13,7 +13,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import LocalBroker, PlantBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
@@ -56,8 +56,9 @@ class Connection:
 
         Of ``kept`` topics alone the broker sends what it has kept; None: of all.
         """
-        self._table, self._code, self._properties = table, code, properties or _small_packets()
-        self._kept = topics if kept is None else kept
+        self._table, self._code = table, code
+        self._properties: Properties | None = properties or _small_packets()
+        self._kept, self._drops_kept = (topics if kept is None else kept), kept is not None
         self._broker, self._topics, self._qos, self._clock = broker, topics, qos, clock
         self._received, self._say_subscribed = received, subscribed
         self._port = broker.port or (8883 if broker.tls else 1883)
@@ -65,9 +66,11 @@ class Connection:
         self._subscribed = False
         self._closing = False
         self._opened = clock.mono()
-        self._client = Client(
-            CallbackAPIVersion.VERSION2, client_id=broker.client_id, protocol=MQTTProtocolVersion.MQTTv5
-        )
+        protocol = version(broker)
+        self._old = protocol is not MQTTProtocolVersion.MQTTv5
+        if self._old:
+            self._properties = None  # which are of MQTT 5
+        self._client = Client(CallbackAPIVersion.VERSION2, client_id=broker.client_id, protocol=protocol)
         self._client.on_connect = self._connected
         self._client.connect_timeout = CONNECT_S / 2
         self._client.on_subscribe = self._granted
@@ -138,6 +141,9 @@ class Connection:
         if reason.is_failure:
             self._problem = f"refused: {reason}"
             return
+        if self._old:  # what the broker has kept comes, and is left out on arrival
+            client.subscribe([(t, self._qos) for t in self._topics])
+            return
         send, do_not = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE, SubscribeOptions.RETAIN_DO_NOT_SEND
         client.subscribe(
             [
@@ -157,7 +163,16 @@ class Connection:
             self._say_subscribed()
 
     def _message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        if self._old and message.retain and message.topic not in self._kept and self._drops_kept:
+            return
         self._received(message.topic, bytes(message.payload))
+
+
+def version(broker: LocalBroker) -> MQTTProtocolVersion:
+    """Return the protocol that a broker speaks, as the configuration has it."""
+    if isinstance(broker, PlantBroker) and broker.protocol == "3.1.1":
+        return MQTTProtocolVersion.MQTTv311
+    return MQTTProtocolVersion.MQTTv5
 
 
 def _small_packets() -> Properties:

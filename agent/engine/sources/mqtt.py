@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import msgspec
 import numpy as np
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import PlantBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, settings
 from agent.engine.sources.broker import MAX_PAYLOAD, Connection, Topic
@@ -34,7 +34,7 @@ MAX_WAITING: Final = 20_000
 _row = msgspec.json.Decoder(dict[str, Any] | list[Any] | int | float | bool | str | None)
 
 
-class MqttSettings(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MqttSettings(PlantBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["mqtt"]
