@@ -2,6 +2,7 @@
 
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
@@ -72,7 +73,8 @@ def _clear(table: Mapping[str, Any]) -> str | None:
     if table.get("kind") in BROKER and not table.get("tls"):
         host = str(table.get("host", "127.0.0.1"))
     elif table.get("kind") == "http" and str(table.get("url", "")).startswith("http://"):
-        host = urlsplit(str(table["url"])).hostname
+        with suppress(ValueError):  # what is no address is said elsewhere
+            host = urlsplit(str(table["url"])).hostname
     return None if host is None or _is_loopback(host) else host
 
 

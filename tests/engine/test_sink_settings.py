@@ -84,6 +84,7 @@ def test_a_password_in_an_address_is_not_repeated():
         ({"kind": "http", "url": "http://x/", "ca_file": "ca.pem"}, "https"),
         ({"kind": "http", "url": "https://x/", "key_file": "a.key"}, "certificate_file"),
         ({"kind": "http", "url": "http://:80/"}, "no host"),
+        ({"kind": "http", "url": "http://[x/"}, "IPv6"),
         (
             {"kind": "opcua", "url": "opc.tcp://x", "alarm": "i=1", "safe": 0, "certificate_file": "a.der"},
             "security_policy",

@@ -142,18 +142,18 @@ def _tls(given: HttpSettings) -> ssl.SSLContext:
 def check(table: Table, _keys: object) -> None:
     """Raise ``config.invalid`` for keys that do not go together."""
     given = settings(table, HttpSettings)
-    parts = urlsplit(given.url)
+    try:
+        parts = urlsplit(given.url)
+        if not parts.hostname or parts.port == 0:
+            raise invalid("url", f"is {given.url!r}: no host, or no port")
+    except ValueError as error:
+        raise invalid("url", f"is {given.url!r}: {error}") from error
     if parts.scheme == "http" and given.ca_file is not None:
         raise invalid("ca_file", "stands beside http://, which encrypts nothing; write https://")
     if given.key_file is not None and given.certificate_file is None:
         raise invalid("key_file", "stands without certificate_file")
     if given.token_file is not None and given.credentials_file is not None:
         raise invalid("token_file", "stands beside credentials_file; name one of them")
-    try:
-        if not parts.hostname or parts.port == 0:
-            raise invalid("url", f"is {given.url!r}: no host, or no port")
-    except ValueError as error:
-        raise invalid("url", f"is {given.url!r}: {error}") from error
 
 
 def open_sink(table: Table) -> HttpSink:
