@@ -95,7 +95,7 @@ class SourceSeen(Struct, frozen=True):
     @property
     def pace(self) -> str:
         """What is wrong with the rate; empty where nothing is, or nothing is known."""
-        if self.rate_hz is None or self.wanted_hz is None:
+        if self.rate_hz is None or self.wanted_hz is None or self.kind == "images":
             return ""
         if self.rate_hz < SLOW * self.wanted_hz:
             return "TOO SLOW"
@@ -110,6 +110,8 @@ class Tally:
         rate = table.get("rate_hz")
         self._lane, self._kind = lane, str(table.get("kind"))
         self._wanted = float(rate) if isinstance(rate, int | float) else pipeline.sample_rate_hz
+        if self._wanted is not None and isinstance(speed := table.get("speed"), int | float):
+            self._wanted *= speed  # a recording may be played faster than it was made
         self._channels = [
             ChannelSeen(c.name, c.unit, minimum=c.minimum, maximum=c.maximum) for c in pipeline.channels
         ]

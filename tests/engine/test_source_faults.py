@@ -392,3 +392,10 @@ def test_a_rate_that_the_model_was_not_made_for_is_no_good_wiring(rate: float, w
     assert seen.good == (not words)
     assert words in render(seen)
     assert ("TOO" in render(seen)) == bool(words)
+
+
+def test_a_recording_that_is_played_faster_is_not_too_fast():
+    tally = Tally("l", {"kind": "replay", "speed": 10.0}, PIPE)
+    t = (np.arange(100) * 1e4).astype(np.int64)
+    tally.add(Batch(np.ones((100, 2)), t), int(t[-1]))
+    assert tally.seen(5.0, None).good
