@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from agent.core import claims
 from agent.core.machine import Machine
 from agent.core.serve_models import Client, PipelineSpec, ServedModel
 from contract.errors import PitheadError
@@ -63,6 +64,20 @@ class LocalBroker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     key_file: str | None = None
     credentials_file: str | None = None
     """TOML with ``username`` and ``password``."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for files of TLS that would not be used."""
+        for key in ("ca_file", "certificate_file", "key_file"):
+            if getattr(self, key) is not None and not self.tls:
+                raise ValueError(f"{key} stands without tls = true: nothing would be encrypted")
+        if self.key_file is not None and self.certificate_file is None:
+            raise ValueError("key_file stands without certificate_file")
+
+
+class PlantBroker(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A broker that may be older than MQTT 5."""
+
+    protocol: Literal["5", "3.1.1"] = "5"
 
 
 class ServeMqtt(LocalBroker, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -188,6 +203,7 @@ def parse(
         if lane.machine is not None and lane.machine.source is not None:
             _check_kind(lane.name, "machine.source", lane.machine.source, more_kinds)
         _check_sinks(lane, more_sinks)
+    _check_claims(settings.lanes)
     return settings
 
 
@@ -214,6 +230,22 @@ def _check_sinks(lane: Lane, more_sinks: Callable[[], Collection[str]]) -> None:
                 f"there are {', '.join((*SINK_KINDS, *more))}",
                 key="sinks.kind",
             )
+
+
+def _check_claims(lanes: tuple[Lane, ...]) -> None:
+    """Raise ``config.invalid`` for what two have that only one can have."""
+    taken: dict[str, str] = {}
+    for lane in lanes:
+        asides = () if lane.machine is None or lane.machine.source is None else (lane.machine.source,)
+        read = [claim for table in (lane.source, *asides) for claim in claims.of_client(table)]
+        for claim in [*read, *(claim for sink in lane.sinks for claim in claims.of_sink(sink))]:
+            if claim in taken:
+                raise PitheadError(
+                    "config.invalid",
+                    f"agent.toml: lane {lane.name!r} has {claim}, and so has lane {taken[claim]!r}",
+                    key="lanes",
+                )
+            taken[claim] = lane.name
 
 
 def _check_serve(serve: Serve) -> None:

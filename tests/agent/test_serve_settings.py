@@ -99,7 +99,10 @@ def test_the_environment_switches_it_on():
 
 
 def test_files_are_found_from_the_configuration():
-    said = {"token_file": "tokens", "mqtt": {"credentials_file": "mqtt.toml", "ca_file": "/ca.pem"}}
+    said = {
+        "token_file": "tokens",
+        "mqtt": {"credentials_file": "mqtt.toml", "tls": True, "ca_file": "/ca.pem"},
+    }
     found = with_files(parse({"serve": said}), Path("/etc/pithead")).serve
     assert found.token_file == "/etc/pithead/tokens"
     assert found.mqtt is not None

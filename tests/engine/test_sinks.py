@@ -196,6 +196,7 @@ def test_a_controller_gets_the_alarm_and_the_safe_value_at_the_end(
     assert (supervisor.state().digest, supervisor.state().windows > windows) == (digest, True)
     assert engine.log.count("lane.swapped") == 1
 
+    supervisor.close()
     assert engine.stop() == 0
     assert (read(plc, 3, 10), read(plc, 1, 3)) == (9, False)
 
