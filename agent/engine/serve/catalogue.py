@@ -79,7 +79,8 @@ class Version:
         self.reason = ""
         self.live: Live | None = None
         self.statistics = Statistics()
-        self.waiting: deque[tuple[InferRequest, Done]] = deque()
+        self.waiting: deque[tuple[InferRequest, Done, int]] = deque()
+        """Requests that wait for it to load, and until when, in ns of the monotonic clock."""
         self.policy: Policy | None = None
         """Set by the configuration of a load request."""
         self.loading: asyncio.Task[PitheadError | None] | None = None
@@ -97,7 +98,7 @@ class Entry:
 
     def __init__(self, name: str, hidden: str = "") -> None:
         self.name = name
-        self._hidden = hidden
+        self.hidden = hidden
         """The version that never answers a request which names none: a shadow."""
         self.versions: dict[str, Version] = {}
         self.unloaded = False
@@ -107,7 +108,7 @@ class Entry:
     def default(self) -> Version | None:
         """The newest version that is in memory; else the newest."""
         first = None
-        for name in newest([text for text in self.versions if text != self._hidden]):
+        for name in newest([text for text in self.versions if text != self.hidden]):
             version = self.versions[name]
             if version.live is not None:
                 return version
@@ -165,8 +166,11 @@ class Catalogue:
                 "serve.not_ready", f"{request.model} {version.candidate.version}: {version.reason}"
             )
         if len(version.waiting) >= MAX_WAITING:
+            version.statistics.refused += 1
             raise PitheadError("serve.overloaded", f"{MAX_WAITING} requests wait for the model to load")
-        version.waiting.append((request, done))
+        timeout_s = self._policy(request.model, version).timeout_s
+        timeout = request.timeout_us * 1000 if request.timeout_us else round(timeout_s * 1e9)
+        version.waiting.append((request, done, time.monotonic_ns() + timeout))
         self._begin(self.entries[request.model], version)
 
     # ---- loading
@@ -316,7 +320,7 @@ class Catalogue:
             self._closer.do(opened.session.close)
             self._forget(entry, version)
             return None
-        policy = version.policy or policies.runs(said, self.limits.policy)
+        policy = self._policy(candidate.name, version)
         if opened.objective_ms is not None and version.policy is None and said.objective_ms is None:
             policy = replace(policy, objective_s=opened.objective_ms / 1000)
         old = version.live
@@ -337,13 +341,30 @@ class Catalogue:
             "load_s": round(time.monotonic() - began, 3),
         }
         log.info("model.serves", extra={"facts": facts})
+        self._begin_waiting(version, version.live)
+        return None
+
+    def _policy(self, name: str, version: Version) -> Policy:
+        said = policies.said_of(self.limits.configuration, name)
+        return version.policy or policies.runs(said, self.limits.policy)
+
+    def _begin_waiting(self, version: Version, live: Live) -> None:
+        self._tell_late(version, time.monotonic_ns())
         waiting, version.waiting = version.waiting, deque()
-        for request, done in waiting:
+        for request, done, deadline in waiting:
+            request.timeout_us = max(1, (deadline - time.monotonic_ns()) // 1000)
             try:
-                version.live.submit(request, done)
+                live.submit(request, done)
             except PitheadError as error:
                 done(error)
-        return None
+
+    def _tell_late(self, version: Version, now: int) -> None:
+        """Tell those whose time was over before the model was there."""
+        late = [done for _, done, deadline in version.waiting if deadline < now]
+        version.waiting = deque(each for each in version.waiting if each[2] >= now)
+        for done in late:
+            version.statistics.failed(0, "serve.timeout")
+            done(PitheadError("serve.timeout", "its model was not loaded in time"))
 
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
@@ -389,10 +410,11 @@ class Catalogue:
 
     # ---- leaving
 
-    def _make_room(self, newcomer: Live) -> None:
+    def _make_room(self, newcomer: Live | None = None) -> bool:
+        """Return whether any left; ``newcomer``, or else what was used last, stays whatever its size."""
         budget = self.limits.memory_bytes
         if not budget:
-            return
+            return False
         lives = [
             (version.live.last_used_ns, version)
             for entry in self.entries.values()
@@ -400,7 +422,11 @@ class Catalogue:
             if version.live is not None
         ]
         used = sum(v.live.all_bytes for _, v in lives if v.live is not None)
-        for _, version in sorted(lives, key=lambda pair: pair[0]):
+        lives.sort(key=lambda pair: pair[0])
+        if newcomer is None and lives:
+            newcomer = lives[-1][1].live
+        before = self.evictions
+        for _, version in lives:
             live = version.live
             if used <= budget:
                 break
@@ -411,6 +437,7 @@ class Catalogue:
             version.state, version.reason = State.IDLE, "not in memory: its next request loads it"
             self.evictions += 1
             log.info("model.left_memory", extra={"facts": {"model": version.candidate.name}})
+        return self.evictions != before
 
     def _drop(self, version: Version) -> None:
         live, version.live = version.live, None
@@ -428,7 +455,7 @@ class Catalogue:
 
     def _tell(self, version: Version, error: PitheadError) -> None:
         waiting, version.waiting = version.waiting, deque()
-        for _, done in waiting:
+        for _, done, _ in waiting:
             done(error)
 
     def route(self) -> None:
@@ -455,6 +482,8 @@ class Catalogue:
         lost = False
         for entry in self.entries.values():
             for version in entry.versions.values():
+                if version.waiting:
+                    self._tell_late(version, now)
                 live = version.live
                 if live is None or not live.runner.busy:
                     continue
@@ -465,7 +494,8 @@ class Catalogue:
                     lost = True
         for live in list(self.leaving):
             live.runner.tick(now)
-        if lost:
+        # What was needed by a request when others were loaded may leave after it, and answers take room too.
+        if self._make_room() or lost:
             self.route()
 
     def requests_wait(self) -> bool:

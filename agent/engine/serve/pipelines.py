@@ -6,6 +6,7 @@ the loop: a request finds either the old models with their plan or the new ones.
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -113,13 +114,20 @@ class Pipelines:
         """Load what it needs, then answer, or say why not."""
         self._check(pipeline)
         if self._waiting >= MAX_WAITING:
+            pipeline.statistics.refused += 1
             raise PitheadError("serve.overloaded", f"{MAX_WAITING} requests wait for models to load")
         self._waiting += 1
+        deadline = time.monotonic() + (request.timeout_us * 1e-6 or pipeline.timeout_s)
 
         async def wait() -> None:
             try:
-                await self.wake(pipeline)
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self.wake(pipeline)
+                request.timeout_us = max(1, round((deadline - time.monotonic()) * 1e6))
                 pipeline.submit(request, done)
+            except TimeoutError:
+                pipeline.statistics.failed(0, "serve.timeout")
+                done(PitheadError("serve.timeout", f"the models of {pipeline.name} were not loaded in time"))
             except PitheadError as error:
                 done(error)
             finally:

@@ -48,7 +48,9 @@ class Service:
     ) -> None:
         self.catalogue = Catalogue(sources, limits)
         self.pipelines = Pipelines(limits.configuration.pipelines, self.catalogue)
-        self.steering = Steering(limits.configuration.models, self.catalogue, Ledger(limits.learned))
+        learns = any(model.bandit is not None for model in limits.configuration.models.values())
+        ledger = Ledger(limits.learned if learns else None)
+        self.steering = Steering(limits.configuration.models, self.catalogue, ledger)
         self.catalogue.overlays += (self.steering.route, self.pipelines.route)
         self.shared_memory = shared_memory or SharedMemory()
         self.rates = Rates.of(limits.configuration.models, limits.configuration.clients)
@@ -156,7 +158,9 @@ class Service:
         return finish
 
     def _finish(self, request: InferRequest, answer: InferResponse) -> None:
-        routed = self.catalogue.routes.get((request.model, request.version))
+        routes = self.catalogue.routes
+        # Another version than the default may have answered; one that has just left is there no more.
+        routed = routes.get((request.model, answer.version)) or routes.get((request.model, request.version))
         labels = {} if routed is None else routed.labels
         batches = routed is not None and routed.batches
         outputs = dict(answer.outputs)
@@ -188,9 +192,10 @@ class Service:
         """Whether every model that is to be served can be asked."""
         models = (
             version.ready
+            or (text == entry.hidden and version.state is State.UNAVAILABLE)  # it answers nobody
             for entry in self.catalogue.entries.values()
             if not entry.unloaded
-            for version in entry.versions.values()
+            for text, version in entry.versions.items()
         )
         pipelines = (self.pipelines.ready(each) for each in self.pipelines if not each.unloaded)
         return self._serving and all(models) and all(pipelines)
