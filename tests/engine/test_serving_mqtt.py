@@ -382,7 +382,7 @@ class Odd(Service):
 
 
 def test_one_request_costs_no_other_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is retained, too large for the broker, or breaks something, is dealt with, and its place is free."""
+    """What is retained, too large for the broker, or breaks something, is dealt with: its place is free."""
     where: dict[int, str] = {}
     decode = codec.decode
 

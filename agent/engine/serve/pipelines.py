@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent.engine.serve import describe
-from agent.engine.serve.catalogue import MAX_WAITING, Catalogue, State
+from agent.engine.serve.catalogue import Catalogue
 from agent.engine.serve.describe import IndexEntry, ModelMetadata
+from agent.engine.serve.entries import MAX_WAITING, State
 from agent.engine.serve.pipeline import VERSION, Pipeline
 from agent.engine.serve.pipeline_plan import Interface, Planned, Spec, plan
 from agent.engine.serve.requests import InferRequest

@@ -18,9 +18,10 @@ import msgspec
 import numpy as np
 
 from agent.engine.serve import describe, policies, tensors
-from agent.engine.serve.catalogue import Catalogue, Limits, State, Version
+from agent.engine.serve.catalogue import Catalogue, Limits
 from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.describe import IndexEntry, ModelMetadata, ServerMetadata
+from agent.engine.serve.entries import State, Version
 from agent.engine.serve.ledger import Ledger
 from agent.engine.serve.pipelines import Pipelines
 from agent.engine.serve.rates import Rates

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from agent.engine.serve.alike import Face, apart
 from agent.engine.serve.bandit import Arm, pull
-from agent.engine.serve.catalogue import Catalogue, Entry
+from agent.engine.serve.catalogue import Catalogue
 from agent.engine.serve.configuration import Model
+from agent.engine.serve.entries import Entry
 from agent.engine.serve.ledger import Ledger
 from agent.engine.serve.repository import newest
 from agent.engine.serve.requests import InferRequest, InferResponse
