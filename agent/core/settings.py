@@ -86,6 +86,8 @@ class ServeMqtt(LocalBroker, frozen=True, forbid_unknown_fields=True, omit_defau
     prefix: Annotated[str, Meta(max_length=512, pattern=r"^[^/$+#\x00][^+#\x00]*[^/+#\x00]$")] = (
         "pithead/infer"
     )
+    answers: Annotated[str, Meta(max_length=512, pattern=r"^([^/$+#\x00][^+#\x00]*[^/+#\x00])?$")] = ""
+    """Response topics must be below it; empty: anywhere that the broker lets this client publish."""
     qos: Literal[0, 1, 2] = 1
     """Of the subscription; an answer goes out with its request's."""
     concurrency: Annotated[int, Meta(ge=1, le=4096)] = 32

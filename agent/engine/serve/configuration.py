@@ -42,6 +42,18 @@ class Model(ServedModel, frozen=True, forbid_unknown_fields=True, omit_defaults=
         return "" if self.shadow is None else self.shadow.version
 
     @property
+    def answers_hidden(self) -> str:
+        """The key by which the shadow would answer; empty where there is none."""
+        if self.shadow is None:
+            return ""
+        if self.split is not None and self.hidden in self.split.weights:
+            return "split.weights"
+        if self.bandit is not None and self.hidden in self.bandit.versions:
+            return "bandit.versions"
+        only = self.versions if isinstance(self.versions, tuple) else ()
+        return "versions" if only and {self.hidden} == set(map(str, only)) else ""
+
+    @property
     def named(self) -> frozenset[str]:
         """Versions that are served because they are named here."""
         split = () if self.split is None else tuple(self.split.weights)
@@ -85,6 +97,10 @@ def parse(content: bytes, where: str = NAME) -> Configuration:
             )
         if model.split is not None and not any(model.split.weights.values()):
             raise PitheadError("config.invalid", f"{where}: models.{name}.split.weights: all are 0")
+        if why := model.answers_hidden:
+            raise PitheadError(
+                "config.invalid", f"{where}: models.{name}.{why}: a shadow never answers, so it is no choice"
+            )
         if name in said.pipelines:
             raise PitheadError("config.invalid", f"{where}: {name!r} is a model and a pipeline")
     return said

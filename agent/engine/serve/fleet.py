@@ -19,7 +19,8 @@ from agent.core.settings import Serve
 from agent.engine.serve import app as apps
 from agent.engine.serve import configuration, tokens
 from agent.engine.serve.app import App, Listen
-from agent.engine.serve.catalogue import Limits, State, Version
+from agent.engine.serve.catalogue import Limits
+from agent.engine.serve.entries import State, Version
 from agent.engine.serve.fleet_pipelines import Watch
 from agent.engine.serve.messages import Responder
 from agent.engine.serve.offers import Offer, Watched, identity
