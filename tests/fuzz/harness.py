@@ -171,7 +171,8 @@ def main() -> None:
     """Fuzz one target, or replay the files that are named."""
     name, corpus, *options = sys.argv[1:]
     seeds.write(name, Path(corpus))
-    atheris.Setup([sys.argv[0], corpus, *options], TARGETS[name])
+    words = Path(corpus).with_name("words")
+    atheris.Setup([sys.argv[0], corpus, f"-dict={words}", "-use_value_profile=1", *options], TARGETS[name])
     atheris.Fuzz()
 
 

@@ -93,11 +93,47 @@ def contract() -> list[bytes]:
     return [msgspec.json.encode(manifest), msgspec.json.encode(desired), codec.join_batch([b"{}"])[0], b"[]"]
 
 
+WORDS = (
+    *("0", "3", "-1", "1.5", "1e999", "9223372036854775807", "18446744073709551616", "null", "true", "[]"),
+    *(
+        "{}",
+        '""',
+        "[[1]]",
+        "NaN",
+        "FP32",
+        "FP64",
+        "BF16",
+        "INT64",
+        "UINT8",
+        "BOOL",
+        "BYTES",
+        "inputs",
+        "outputs",
+    ),
+    *("data", "shape", "datatype", "parameters", "binary_data", "binary_data_size", "binary_data_output"),
+    *("classification", "priority", "timeout", "sequence_id", "shared_memory_region", "shared_memory_offset"),
+    *(
+        "shared_memory_byte_size",
+        "GET ",
+        "HEAD ",
+        "POST /v2",
+        "HTTP/1.0",
+        "\r\n",
+        "\r\n\r\n",
+        "\0",
+        "\\ud800",
+    ),
+    *("Content-Length: ", "Transfer-Encoding: chunked", "Connection: close", "Expect: 100-continue"),
+    *("Upgrade: h2c", "Content-Encoding: gzip", "FFFFFFFFFFFFFFFF\r\n"),
+)
+"""What single bytes rarely become."""
 SEEDS = {"rest": rest, "http": http, "grpc": grpc, "contract": contract}
 
 
 def write(target: str, corpus: Path) -> None:
     """Put the seeds of a target into its corpus, beside what earlier runs have found."""
     corpus.mkdir(parents=True, exist_ok=True)
+    said = "".join("".join(f"\\x{byte:02x}" for byte in word.encode()).join('""') + "\n" for word in WORDS)
+    corpus.with_name("words").write_text(said)
     for i, seed in enumerate(SEEDS[target]()):
         (corpus / f"seed-{i}").write_bytes(seed)
