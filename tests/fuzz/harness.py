@@ -6,9 +6,11 @@ file, which the same command replays when it is named after the corpus.
 """
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import atheris
@@ -23,6 +25,8 @@ with atheris.instrument_imports(include=["agent.engine.serve", "contract"]):
     from contract.package import parse_manifest
 from tests.fuzz import seeds
 
+DOCUMENTS = ("rest", "contract")
+DEEPER, DROPPED = 0.8, 0.1
 INTERNAL = 500
 FULL = 503
 
@@ -167,12 +171,41 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
+def _replaced(value: Any, random: Random) -> Any:
+    """Return a document with one part of it, chosen at random, replaced, repeated or left out."""
+    if isinstance(value, dict | list) and value and random.random() < DEEPER:
+        key = random.choice(list(value)) if isinstance(value, dict) else random.randrange(len(value))
+        copy = value.copy()
+        if random.random() < DROPPED:
+            del copy[key]
+        else:
+            copy[key] = _replaced(value[key], random)
+        return copy
+    return [value, value] if random.random() < DROPPED else random.choice(seeds.VALUES)
+
+
+def _mutated(data: bytes, most: int, seed: int) -> bytes:
+    """Change a document as such every other time: changed bytes alone hardly get past its syntax."""
+    random = Random(seed)  # noqa: S311 - the fuzzer says what is to come of it, so that it can say it again
+    at = 1 if data[:1] == b"\0" else 0
+    try:
+        document = json.loads(data[at:]) if seed % 2 else None
+    except (ValueError, RecursionError):
+        document = None
+    if document is None:
+        return bytes(atheris.Mutate(data, len(data)))
+    return (data[:at] + json.dumps(_replaced(document, random)).encode())[:most]
+
+
 def main() -> None:
     """Fuzz one target, or replay the files that are named."""
     name, corpus, *options = sys.argv[1:]
     seeds.write(name, Path(corpus))
+    more = {"custom_mutator": _mutated} if name in DOCUMENTS else {}
     words = Path(corpus).with_name("words")
-    atheris.Setup([sys.argv[0], corpus, f"-dict={words}", "-use_value_profile=1", *options], TARGETS[name])
+    atheris.Setup(
+        [sys.argv[0], corpus, f"-dict={words}", "-use_value_profile=1", *options], TARGETS[name], **more
+    )
     atheris.Fuzz()
 
 

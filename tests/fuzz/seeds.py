@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -127,6 +128,25 @@ WORDS = (
     *("Upgrade: h2c", "Content-Encoding: gzip", "FFFFFFFFFFFFFFFF\r\n"),
 )
 """What single bytes rarely become."""
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, 3, 16, -1, 1.5, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63) - 1, 1e308),
+    *("", "x", "r", "FP32", "FP16", "BF16", "INT8", "UINT64", "BOOL", "BYTES", "\0", "é", "x" * 2000),
+    *(
+        [],
+        {},
+        [[]],
+        [0],
+        [1, 4],
+        [-1],
+        [2**40, 2**40],
+        [None],
+        ["a"],
+        [[1.0], 2.0],
+        {"shared_memory_region": "r"},
+    ),
+    *({"binary_data_size": 16}, {"classification": 2**40}, {"binary_data": False}),
+]
+"""What a part of a document becomes."""
 SEEDS = {"rest": rest, "http": http, "grpc": grpc, "contract": contract}
 
 
