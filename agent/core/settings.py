@@ -51,6 +51,13 @@ class Probe(Struct, frozen=True, forbid_unknown_fields=True):
     """``first`` takes the first variant that passes, and downloads no other to compare it with."""
 
 
+class Memory(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the agent's processes may take of the machine's memory."""
+
+    engine_mb: Annotated[int, Meta(ge=0, le=16_777_216)] | None = None
+    """Of the engine with all of its models. None: three quarters of the machine's; 0: no limit."""
+
+
 class LocalBroker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where a broker of the plant is, and who asks."""
 
@@ -139,6 +146,7 @@ class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     serve: Serve = Serve()
     engine: Resources = Resources()
     """What the device lends to its models."""
+    memory: Memory = Memory()
     accelerators: dict[Name, Custom] = {}
     """Of this device's own, or other options for one that is known (docs/accelerators.md)."""
     lanes: tuple[Lane, ...] = ()
@@ -153,6 +161,7 @@ SECTIONS: Final[dict[str, type[Struct]]] = {
     "probe": Probe,
     "serve": Serve,
     "engine": Resources,
+    "memory": Memory,
 }
 PREFIX: Final = "PITHEAD_AGENT_"
 

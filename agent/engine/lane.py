@@ -148,7 +148,8 @@ class Lane:
                 self._broken = None
             except Exception as error:
                 log.exception("lane.failed", extra={"facts": {"lane": self.name}})
-                self._broken = PitheadError("internal.error", f"{type(error).__name__}: {error}")
+                code = "inference.out_of_memory" if isinstance(error, MemoryError) else "internal.error"
+                self._broken = PitheadError(code, f"{type(error).__name__}: {error}")
                 self._report.state(self._state(self._wanted))
                 self._wake.wait(LONGEST_PAUSE_S)
         self._machine.close()

@@ -177,7 +177,7 @@ class Supervisor:
             case events.EngineSaid():
                 self._intake.said(event)
             case events.EngineStarted():
-                self._intake.started()
+                self._intake.started(event.ended)
             case events.EngineLost():
                 self._intake.lost(event)
             case events.Fetched():
@@ -282,6 +282,7 @@ class Supervisor:
                 break
             self._collect, self._snapshot_at = True, 0.0
         self._intake.watch()
+        self._intake.weigh()
         self._intake.configure()
         self._reporter.reported(self._observed)
 
