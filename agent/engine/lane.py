@@ -326,7 +326,7 @@ class Lane:
         if self._fitting or served.calibration is None:
             return
         if self._serving is None:
-            self._report.missing(batch.lost + int((~usable).sum()))
+            self._report.left_out(batch.lost + windows.unusable)
         served.calibration.add(windows)
         if served.calibration.complete:
             self._fitting = True
@@ -335,17 +335,15 @@ class Lane:
     def _score(self, served: Served, batch: Batch, judged: Judged = UNJUDGED) -> None:
         began = self._clock.mono()
         usable = served.bounds.usable(batch.values)
-        self._report.missing(batch.lost + len(usable) - int(np.count_nonzero(usable)))
         windows = served.windower.push(batch.values, usable, continues=batch.continues, muted=judged.muted)
-        self._report.muted(windows.muted)
+        self._report.left_out(batch.lost + windows.unusable, windows.muted)
         n = len(windows.starts)
         if not n:
             return
-        latency: NDArray[np.float64] = np.subtract(self._clock.wall() - GATHER_US, batch.t[windows.ends])
-        np.maximum(latency, 0.0, out=latency)
+        gathered = self._clock.wall() - GATHER_US
         scored = served.scorer.run(windows)
-        latency += scored.run_us
-        latency += max(0.0, self._clock.mono() - began - float(np.add.reduce(scored.run_us))) / n
+        around = max(0.0, self._clock.mono() - began - scored.model_us) / n
+        latency = _latency(gathered, batch.t[windows.ends], scored.run_us, around)
         served.windows += n
         if scored.error is not None:
             failed = n - int(np.count_nonzero(scored.good))
@@ -393,6 +391,19 @@ class Lane:
 def _same_rows(old: Served, fresh: Served) -> bool:
     """Whether both take the rows of one and the same source."""
     return needs(old.pipeline, fresh.spec.source) == needs(fresh.pipeline, fresh.spec.source)
+
+
+def _latency(
+    gathered: float, t: NDArray[np.int64], run_us: NDArray[np.float64], around: float
+) -> NDArray[np.float64]:
+    """Return the latency of windows that ended at ``t``; what came before ``gathered`` lay too long."""
+    if len(t) == 1:  # which needs no numpy
+        return np.array([max(0.0, gathered - t.item()) + around + run_us.item()])
+    found: NDArray[np.float64] = np.subtract(gathered, t)
+    np.maximum(found, 0.0, out=found)
+    found += around
+    found += run_us
+    return found
 
 
 def _limit(served: Served) -> int:
