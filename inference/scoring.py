@@ -150,12 +150,16 @@ class Scorer:
         return self._scale
 
     def warm_up(self) -> None:
-        """Run once on zeros: check the output, and let the first real window not pay for lazy work."""
+        """Run on zeros: check the output, and let the first real window not pay for lazy work.
+
+        Leaves a model's variables as they were at first.
+        """
         p = self.pipeline
         x = self._featured(np.zeros((1, p.window, len(p.channels)), np.float32))
         feed, run_us = quantise(x, self._input), np.empty(1)
         self._run(feed, run_us)
         output, _, error = self._run(feed, run_us)
+        self.session.reset()
         if output is None:
             raise error or PitheadError("inference.run_failed", "the model gave no output")
         self.window_us = float(run_us[0])

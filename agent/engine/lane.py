@@ -18,7 +18,6 @@ from typing import Final
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed, needs
@@ -28,6 +27,7 @@ from agent.engine.outlet import Outlet
 from agent.engine.report import Reporter
 from agent.engine.sinks.tray import Tray
 from agent.engine.sources.base import TICK_S, Batch
+from agent.engine.summary import latencies
 from agent.ports import FitResult, Fitted, LaneSpec, LaneState
 from contract.errors import PitheadError
 from inference.scoring import BATCH
@@ -343,7 +343,7 @@ class Lane:
         gathered = self._clock.wall() - GATHER_US
         scored = served.scorer.run(windows)
         around = max(0.0, self._clock.mono() - began - scored.model_us) / n
-        latency = _latency(gathered, batch.t[windows.ends], scored.run_us, around)
+        latency = latencies(gathered, batch.t[windows.ends], scored.run_us, around)
         served.windows += n
         if scored.error is not None:
             failed = n - int(np.count_nonzero(scored.good))
@@ -391,19 +391,6 @@ class Lane:
 def _same_rows(old: Served, fresh: Served) -> bool:
     """Whether both take the rows of one and the same source."""
     return needs(old.pipeline, fresh.spec.source) == needs(fresh.pipeline, fresh.spec.source)
-
-
-def _latency(
-    gathered: float, t: NDArray[np.int64], run_us: NDArray[np.float64], around: float
-) -> NDArray[np.float64]:
-    """Return the latency of windows that ended at ``t``; what came before ``gathered`` lay too long."""
-    if len(t) == 1:  # which needs no numpy
-        return np.array([max(0.0, gathered - t.item()) + around + run_us.item()])
-    found: NDArray[np.float64] = np.subtract(gathered, t)
-    np.maximum(found, 0.0, out=found)
-    found += around
-    found += run_us
-    return found
 
 
 def _limit(served: Served) -> int:
