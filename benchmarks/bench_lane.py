@@ -8,7 +8,7 @@ numbers, which is checked first.
 
 Two more figures: what a lane at 1 kHz x 8 channels takes of a core, in a real
 engine process and all of it; and what the lane adds to the model's time, for
-windows as they are gathered and for a row that comes alone, from the poll of
+windows as they are gathered and for a row that comes alone, from the hand of
 its source to its report.
 
 Rates are medians of alternating runs; the ratio is the median of the pairs'
@@ -171,13 +171,14 @@ class OneByOne:
     """A source that has one more row at each poll."""
 
     def __init__(self, rows: Any) -> None:
-        self._rows, self._done = rows, 0
+        now = CLOCK.wall()
+        self._batches = [Batch(rows[i : i + 1], np.array([now]), np.array([i])) for i in range(len(rows))]
+        self._done = 0
 
     def poll(self, limit: int) -> Batch:  # noqa: ARG002 - as every source
         """See ``Source``."""
-        at = self._done % len(self._rows)
         self._done += 1
-        return Batch(self._rows[at : at + 1], np.array([CLOCK.wall()]), np.array([at]))
+        return self._batches[self._done % len(self._batches)]
 
     def wait_s(self) -> float:
         """See ``Source``."""

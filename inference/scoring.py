@@ -245,25 +245,19 @@ class Scorer:
 
     def _scored(self, x: Floats, feed: Array) -> Scored:
         """Score ``x``; ``feed`` is the same in the datatype of the model's input."""
-        n = len(x)
-        outputs: list[Array | None] = []
-        values, run_us = np.empty(n), np.empty(n)
+        n, step = len(x), self._step
+        run_us = np.empty(n)
         error: PitheadError | None = None
-        step = self._step
-        for start in range(0, n, step):
-            some = slice(start, start + step)
-            output, failed, failure = self._run(feed[some], run_us[some])
-            error = failure or error
-            outputs.append(output)
-            if output is None:
-                values[some] = math.nan
-                continue
-            if self._scratch.size < output.size:
-                self._scratch = np.empty(output.size, np.float32)
-            real = dequantise(output, self._output, self._scratch[: output.size].reshape(output.shape))
-            values[some] = scores(self.score, x[some], real, spend=True)
-            if failed:
-                values[some][failed] = math.nan
+        outputs: tuple[Array | None, ...] = ()
+        if 0 < n <= step:
+            output, values, error = self._part(x, feed, run_us)
+            outputs = (output,)
+        else:
+            values = np.empty(n)
+            for start in range(0, n, step):
+                some = slice(start, start + step)
+                output, values[some], failure = self._part(x[some], feed[some], run_us[some])
+                outputs, error = (*outputs, output), failure or error
         # Of one number, the sum is had without numpy, ten times as fast.
         model_us = run_us.item() if n == 1 else float(np.add.reduce(run_us))
         if n:
@@ -272,7 +266,22 @@ class Scorer:
         if (broken := n - int(np.count_nonzero(finite))) > 0:
             values[~finite] = math.nan
             error = error or PitheadError("inference.not_finite", f"{broken} scores are not finite")
-        return Scored(x, tuple(outputs), step, values, run_us, model_us, error)
+        return Scored(x, outputs, step, values, run_us, model_us, error)
+
+    def _part(
+        self, x: Floats, feed: Array, run_us: NDArray[np.float64]
+    ) -> tuple[Array | None, NDArray[np.float64], PitheadError | None]:
+        """Return what the model gives for some windows, their scores, and what went wrong."""
+        output, failed, error = self._run(feed, run_us)
+        if output is None:
+            return None, np.full(len(x), math.nan), error
+        if self._scratch.size < output.size:
+            self._scratch = np.empty(output.size, np.float32)
+        real = dequantise(output, self._output, self._scratch[: output.size].reshape(output.shape))
+        values = scores(self.score, x, real, spend=True)
+        if failed:
+            values[failed] = math.nan
+        return output, values, error
 
     def _run(
         self, feed: Array, run_us: NDArray[np.float64]
