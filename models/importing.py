@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from contract.errors import PitheadError
 from models import converters
 from models.optimise.worker import Model, ask
-from models.package import reference_to
+from models.package import reference_to, vacant
 from models.wrap import wrap
 
 TIMEOUT_S: Final = 900
@@ -112,6 +112,7 @@ def bring_in(
             "import.untrusted",
             f"{path.name} is a pickle: loading it runs its code; --trust-pickle says that it may",
         )
+    directory = vacant(out / name / version)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = _converted(framework, path, folder, python, inputs, shapes, trusted=trusted)
@@ -129,7 +130,6 @@ def bring_in(
             )
         golden = folder / "golden.npz"
         np.savez(golden, allow_pickle=False, **{key: a[:GOLDEN_VECTORS, None] for key, a in rows.items()})
-        directory = out / name / version
         wrap(
             [file],
             directory,
