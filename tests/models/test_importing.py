@@ -5,6 +5,8 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from contract.errors import PitheadError
 from models import importing, package
 from models.cli import app
+from models.converters import scikit_learn
 from tests.serve.environments import environment
 
 NAMING = ("--version", "1.0.0", "--licence", "MIT")
@@ -29,6 +32,7 @@ for name, model in {
     "pca": PCA(n_components=2).fit(x),
 }.items():
     joblib.dump(model, f"{sys.argv[1]}/{name}.joblib")
+joblib.dump({"weights": 1}, f"{sys.argv[1]}/dict.joblib")
 """
 
 
@@ -87,6 +91,48 @@ def test_given_rows_are_what_both_models_get(sklearn: str, trained: Path, tmp_pa
     assert status == 0, err
     assert "on 5 given rows" in out
     assert len(package.read_manifest(tmp_path / "pca" / "1.0.0").variants[0].outputs) == 1
+
+
+class Table:
+    """What of an estimator says which columns it takes, as scikit-learn has it."""
+
+    def __init__(self, *columns: Any) -> None:
+        self.feature_names_in_ = np.array(["temp", "load", "mode"], object)
+        self.steps = [
+            ("pick", SimpleNamespace(transformers=[("a", None, c) for c in columns])),
+            ("last", None),
+        ]
+
+
+def test_a_pipeline_of_a_table_gets_an_array_for_each_column():
+    """Texts as they are, numbers as float32, in the order of the table; one matrix is cut by columns."""
+    assert scikit_learn.picks_by_name(Table(["temp", "load"], "mode"))
+    assert not scikit_learn.picks_by_name(Table([0, 1], slice(2, 3)))
+    assert not scikit_learn.picks_by_name(SimpleNamespace(transformers=[("a", None, ["temp"])]))
+    names = ["temp", "load", "mode"]
+    given = [("mode", np.array([["run"], ["idle"]])), ("load", np.zeros(2)), ("temp", np.arange(2))]
+    found = scikit_learn.by_name(np, names, given)
+    assert found is not None
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "temp": [0.0, 1.0],
+        "load": [0.0, 0.0],
+        "mode": ["run", "idle"],
+    }
+    assert list(found) == names
+    assert scikit_learn.by_name(np, names, given[1:]) is None
+    cut = scikit_learn.by_name(np, names, [("0", np.arange(6).reshape(2, 3))])
+    assert cut is not None
+    assert cut["load"].tolist() == [1.0, 4.0]
+    assert cut["load"].dtype == np.float32
+    assert scikit_learn.by_name(np, names, [("0", np.zeros((2, 2)))]) is None
+
+
+@pytest.mark.timeout(600)
+def test_what_is_no_estimator_is_told(sklearn: str, trained: Path, tmp_path: Path):
+    where = ("--python", sklearn, "--name", "dict", *NAMING, "--out", str(tmp_path))
+    status, _, err = call(str(trained / "dict.joblib"), "--trust-pickle", *where)
+    assert status == 1
+    assert "no fitted estimator, but dict" in err
 
 
 @pytest.mark.parametrize("content", [b"no array", b"PK\x03\x04 no archive"])
