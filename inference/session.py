@@ -172,6 +172,13 @@ class InputGate:
             if spec.datatype == "BYTES":
                 changed[name] = _as_text(name, array)
             else:
+                # An infinity is saturated; a NaN becomes what the processor likes, and looks like a number.
+                if np.isnan(array).any():
+                    raise PitheadError(
+                        "inference.bad_input",
+                        f"input {name!r} is quantised and was given NaN, for which it has no integer",
+                        tensor=name,
+                    )
                 changed[name] = quantise(array.astype(np.float32, copy=False), spec)
         return changed
 

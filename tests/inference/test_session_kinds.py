@@ -247,6 +247,18 @@ def test_a_quantised_input_takes_real_values(assembled: Assembled, dtype: type):
         plain.run({"input": integers})
 
 
+def test_a_quantised_input_takes_no_nan(assembled: Assembled):
+    """It would become an integer like any other, and the answer look sound."""
+    session = assembled.session("int8-tflite")
+    x = np.zeros(tuple(max(1, d) for d in session.inputs[0].shape), np.float32)
+    x.flat[0] = np.nan
+    for shown in (session, RealSession(session)):
+        with pytest.raises(PitheadError, match="NaN") as error:
+            shown.run({shown.inputs[0].name: x})
+        assert error.value.code == "inference.bad_input"
+        shown.run({shown.inputs[0].name: np.full_like(x, np.inf)})
+
+
 def test_a_view_in_real_values_hides_the_integers(assembled: Assembled):
     inner = assembled.session("int8-tflite")
     session = RealSession(inner)
