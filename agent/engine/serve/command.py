@@ -86,12 +86,20 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--probe-cache", type=Path, metavar="FILE", help="verdicts of the sandbox")
     runs = made.add_argument_group("batching and queues")
     runs.add_argument("--max-batch", type=int, default=64, metavar="ROWS", help="default: 64; 1: no batching")
-    runs.add_argument("--latency-objective-ms", type=float, default=100.0, metavar="MS", help="of a batch")
+    runs.add_argument(
+        "--latency-objective-ms",
+        type=float,
+        metavar="MS",
+        help="from request to answer; what cannot meet it is refused",
+    )
     runs.add_argument(
         "--max-queue", type=int, default=512, metavar="N", help="requests that wait for a model"
     )
     runs.add_argument(
-        "--max-wait-ms", type=float, default=1000.0, metavar="MS", help="refuse what would wait longer"
+        "--max-wait-ms",
+        type=float,
+        metavar="MS",
+        help="refuse what would wait longer; default: by the objective, else by the model's own time",
     )
     runs.add_argument("--timeout-s", type=float, default=30.0, metavar="S", help="from request to answer")
     made.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
@@ -172,9 +180,9 @@ def _app(options: argparse.Namespace) -> "App":
     limits = Limits(
         policy=Policy(
             max_batch=max(1, options.max_batch),
-            objective_s=options.latency_objective_ms / 1000,
+            objective_s=_seconds(options.latency_objective_ms),
             max_queue=max(1, options.max_queue),
-            max_wait_s=options.max_wait_ms / 1000,
+            max_wait_s=_seconds(options.max_wait_ms),
             timeout_s=options.timeout_s,
         ),
         versions=max(0, options.versions),
@@ -194,6 +202,10 @@ def _app(options: argparse.Namespace) -> "App":
     source = Directory(options.models, Verdicts(options.probe_cache or default_path()), options.threads)
     known = None if options.token_file is None else tokens.read(options.token_file)
     return app.App([source], limits, listen, known)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def _client_limits(options: argparse.Namespace) -> "http.Limits":

@@ -95,6 +95,10 @@ class Rest:
     # ---- inference
 
     def _infer(self, request: Request, route: Route, who: Principal, respond: Respond) -> None:
+        crowded = self._service.crowded(route.model, route.version)
+        if crowded is not None:
+            respond(refused(crowded))
+            return
         headers = request.headers
         encoding = headers.get(b"content-encoding")
         if encoding is not None:
