@@ -1,12 +1,14 @@
-"""What overload does to those who are accepted, with the server's defaults: they must not wait for the others.
+"""What overload does to those who are accepted, with the server's defaults: they do not wait for the others.
 
-First one client alone. Then five times as many requests a second as the model can answer, and then as many
-clients as are given, each of which asks again at once: both without any regard for ``Retry-After``. The peer is
-the same server told to let a request wait for a second. Ratios are of the p99 of those that were answered to the
-p99 of the client that was alone, in the same round.
+First one client alone. Then five times as many requests a second as the model can answer one by one, and then
+as many clients as are given, each of which asks again at once: both without regard for ``Retry-After``. The
+peer is the same server told to let a request wait for a second. Ratios are of the p99 of those that were
+answered to the p99 of the client that was alone, in the same round. Clients that spin share the processor
+with the model on this machine, which shows in their ratio.
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import shutil
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Final, cast
 
 import bench_serving as serving
 import numpy as np
@@ -30,8 +32,10 @@ NAME: Final = "heavy"
 TIMES: Final = 5
 RATIO: Final = 3.0
 MORE_MEMORY: Final = 0.05
+OK: Final = b"200"
+ANSWER_S: Final = 60.0
 SPREAD: Final = 100
-"""Clients among which the requests of the steady rate are shared out."""
+"""Connections among which the requests of the steady rate are shared out."""
 PEER: Final = ("--max-wait-ms", "1000")
 
 
@@ -48,6 +52,39 @@ class Seen:
         return float(np.percentile(self.accepted, 99))
 
 
+class Client(asyncio.Protocol):
+    """One connection, which has one request under way at most."""
+
+    def __init__(self, idle: "list[Client]", back: asyncio.Event) -> None:
+        self._idle, self._back = idle, back
+        self.sent: float | None = None
+        self.answers: list[tuple[float, bytes]] = []
+        self._got = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is there."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def ask(self, request: bytes) -> None:
+        """Send a request."""
+        self.sent, self._got = time.perf_counter(), b""
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        """Note the answer once its head is there: what follows comes in the same segment."""
+        self._got += data
+        if self.sent is None or b"\r\n\r\n" not in self._got:
+            return
+        self.answers.append(((time.perf_counter() - self.sent) * 1000, self._got[9:12]))
+        self.sent = None
+        self._idle.append(self)
+        self._back.set()
+
+    def close(self) -> None:
+        """End it."""
+        self._transport.close()
+
+
 @dataclass
 class Server:
     """``pithead-agent serve`` with one model."""
@@ -60,7 +97,15 @@ class Server:
         """Begin, and end."""
         self.port = serving.free_port()
         command = [
-            *(sys.executable, "-m", "agent", "serve", str(self.folder / f"{NAME}.onnx"), "--log-level", "warning"),
+            *(
+                sys.executable,
+                "-m",
+                "agent",
+                "serve",
+                str(self.folder / f"{NAME}.onnx"),
+                "--log-level",
+                "warning",
+            ),
             *("--http-port", str(self.port), "--probe-cache", str(self.folder / "probed.json"), *self.more),
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -95,6 +140,40 @@ class Server:
             (accepted if status == "200" else refused).append(int(took) / 1000)
         return Seen(accepted, refused)
 
+    def steady(self, rate: float, seconds: float) -> Seen:
+        """Ask at a rate, evenly: h2load's clients would all ask in the same moment."""
+        return asyncio.run(self._steady(rate, seconds))
+
+    async def _steady(self, rate: float, seconds: float) -> Seen:
+        body = (self.folder / "body").read_bytes()
+        head = (
+            f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        request = head.encode() + body
+        loop = asyncio.get_running_loop()
+        idle: list[Client] = []
+        back = asyncio.Event()
+        clients = [Client(idle, back) for _ in range(SPREAD)]
+        for client in clients:
+            await loop.create_connection(lambda client=client: client, "127.0.0.1", self.port)  # type: ignore[misc]
+        idle += clients
+        begin = time.perf_counter()
+        for i in range(round(rate * seconds)):
+            wait = begin + i / rate - time.perf_counter()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            while not idle:
+                await asyncio.wait_for(back.wait(), ANSWER_S)
+                back.clear()
+            idle.pop().ask(request)
+        for client in clients:
+            while client.sent is not None:
+                await asyncio.wait_for(back.wait(), ANSWER_S)
+                back.clear()
+            client.close()
+        answers = [answer for client in clients for answer in client.answers]
+        return Seen([ms for ms, code in answers if code == OK], [ms for ms, code in answers if code != OK])
+
     def _ready(self) -> bool:
         with contextlib.suppress(OSError):
             url = f"http://127.0.0.1:{self.port}/v2/health/ready"
@@ -110,8 +189,7 @@ def measure(server: Server, options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.rounds):
         calm = server.load("-c", "1", f"-D{options.seconds}")
         rate = TIMES * 1000 / median(calm.accepted)
-        steady = ("-c", str(SPREAD), f"--rps={rate / SPREAD:g}", "-n", str(round(rate * options.seconds)))
-        open_ = server.load(*steady)
+        open_ = server.steady(rate, options.seconds)
         first = first or server.rss_mib
         closed = server.load("-c", str(options.clients), f"-D{options.seconds}")
         rounds.append(
@@ -151,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=10, help="of each load")
     parser.add_argument("--clients", type=int, default=300, help="that ask again at once")
     parser.add_argument("--width", type=int, default=1024, help="of the model")
-    parser.add_argument("--layers", type=int, default=40, help="of the model")
+    parser.add_argument("--layers", type=int, default=100, help="of the model")
     options = parser.parse_args()
     if shutil.which("h2load") is None:
         sys.exit("h2load is missing: ./docker/system-packages.sh bench")

@@ -1,4 +1,4 @@
-"""Whether one more request may wait for its turn: as long as who is accepted still gets a timely answer. Pure.
+"""Whether one more request may wait for its turn: as long as who is taken gets a timely answer. Pure.
 
 What waits for ever is no use to anybody, and a queue that stands only makes
 all answers late by its length. So a request is taken where those before it
@@ -15,10 +15,10 @@ import enum
 import math
 from typing import Final
 
-FLOOR_S: Final = 0.005
+FLOOR_S: Final = 0.01
 """Nobody is refused for the sake of less: the network and the machine's own noise are as large."""
-RUNS: Final = 2.0
-"""Without an objective a request may wait for so many unloaded runs: with its own, three."""
+RUNS: Final = 1.75
+"""Without an objective a request may wait for so many unloaded runs: with its own, less than three."""
 BURST: Final = 16
 """Requests that may wait for longer..."""
 MOST_S: Final = 1.0
@@ -35,7 +35,7 @@ class Verdict(enum.Enum):
     TAKEN = enum.auto()
     REFUSED = enum.auto()
     SHED = enum.auto()
-    """Refused, and so is whoever waits for longer than ``allowed_s`` by the grace of a burst that was none."""
+    """Refused, and so are those that wait for longer than ``allowed_s`` by the grace of a burst."""
 
 
 class Admission:
@@ -46,7 +46,7 @@ class Admission:
     def __init__(
         self, run_s: float, row_s: float, objective_s: float | None, max_wait_s: float | None
     ) -> None:
-        """Begin with ``run_s`` of one row and ``row_s`` of one more in the same run, 0 where they are not known.
+        """Begin with ``run_s`` of one row and ``row_s`` of one more in a run; 0 where they are not known.
 
         ``max_wait_s`` is an operator's word, beside which nothing else counts.
         """
@@ -65,28 +65,28 @@ class Admission:
         """Return how long a request of ``rows`` may wait."""
         if self._max_wait_s is not None:
             return self._max_wait_s
-        own = self.wait_s(rows, 1)
+        own = self.takes_s(rows)
         if self._objective_s is not None:
             return max(FLOOR_S, self._objective_s - own)
         unloaded = max(self.calm_s, own)
         return max(FLOOR_S, RUNS * unloaded) if unloaded else MOST_S
 
-    def wait_s(self, rows: int, runs: int) -> float:
+    def takes_s(self, rows: int, runs: int = 1) -> float:
         """Return how long so many rows are expected to take in so many runs."""
         return runs * self._run_s + max(0, rows - runs) * self.row_s
 
-    def hopeless(self, rows: int, runs: int, now: float) -> bool:
-        """Whether nobody of one row would be taken behind so many, and it would teach nothing to ask."""
-        if self.wait_s(rows, runs) <= self.allowed_s(1):
+    def hopeless(self, wait: float, now: float) -> bool:
+        """Whether nobody of one row would be taken, and it would teach nothing to ask."""
+        if wait <= self.allowed_s(1):
             return False
         if self._max_wait_s is None and (self._left or self._lent or now - self._over > CALM_S):
             return False
         self._over = now
         return True
 
-    def ask(self, ahead: int, runs: int, rows: int, now: float) -> Verdict:
-        """Say whether a request of ``rows`` may wait behind ``ahead`` rows, which take so many runs."""
-        wait, allowed = self.wait_s(ahead, runs), self.allowed_s(rows)
+    def ask(self, wait: float, rows: int, now: float) -> Verdict:
+        """Say whether a request of ``rows`` is taken that would wait for so long."""
+        allowed = self.allowed_s(rows)
         if wait <= allowed:
             return Verdict.TAKEN
         if self._max_wait_s is not None:

@@ -169,13 +169,11 @@ class Runner:
 
     def crowded(self) -> PitheadError | None:
         """Return why a request would be refused that nobody has looked into yet; None: look into it."""
-        if not self._queue and len(self._running) < 2:  # noqa: PLR2004 - one that runs, and the next
+        if self._prioritised or (not self._queue and len(self._running) < 2):  # noqa: PLR2004 - and the next
             return None
-        ahead = self._queued_rows + self._running_rows
-        runs = self._runs(ahead)
-        if self._prioritised or not self._admission.hopeless(ahead, runs, time.monotonic()):
-            return None
-        return _late(self._admission.wait_s(ahead, runs))
+        now = time.monotonic_ns()
+        wait = self._wait_s(self._queued_rows, now)
+        return _late(wait) if self._admission.hopeless(wait, now * _NS) else None
 
     def tick(self, now: int) -> None:
         """Tell those whose time is over, and find out whether a run hangs; call it a few times a second."""
@@ -303,36 +301,38 @@ class Runner:
         policy = self._policy
         if len(self._queue) >= policy.max_queue:
             raise PitheadError("serve.overloaded", f"{len(self._queue)} requests wait", retry_after_s=1)
-        ahead = self._queued_rows + self._running_rows
-        if self._queue and job.priority < self._queue[0].priority:
-            ahead = self._running_rows
         admission = self._admission
         if not self._queue and len(self._running) == 1 and admission.derived:
             return  # one may always wait, so that the worker goes on without a pause
-        runs = self._runs(ahead)
-        verdict = admission.ask(ahead, runs, job.rows, job.queued * _NS)
+        passes = self._queue and job.priority < self._queue[0].priority
+        wait = self._wait_s(0 if passes else self._queued_rows, job.queued)
+        verdict = admission.ask(wait, job.rows, job.queued * _NS)
         if verdict is Verdict.TAKEN:
             return
         if verdict is Verdict.SHED:
-            self._shed()
-        raise _late(admission.wait_s(ahead, runs))
+            self._shed(job.queued)
+        raise _late(wait)
 
-    def _runs(self, ahead: int) -> int:
-        """Return in how many runs so many rows, those that run included, are expected to be done."""
+    def _wait_s(self, queued_rows: int, now: int) -> float:
+        """Return by how much so many rows before it are expected to make an answer later."""
+        admission, wait = self._admission, 0.0
+        if self._running:
+            _, start = next(iter(self._running.values()))
+            wait = max(0.0, admission.takes_s(self._running_rows, len(self._running)) - (now - start) * _NS)
         if not self.batches:
-            return ahead
-        waiting = max(0, ahead - self._running_rows)
-        return len(self._running) + -(-waiting // self._limit.rows)
+            return wait + admission.takes_s(queued_rows, queued_rows)
+        limit = self._limit.rows
+        runs, beside = divmod(queued_rows, limit)
+        return wait + admission.takes_s(runs * limit, runs) + beside * admission.row_s
 
-    def _shed(self) -> None:
+    def _shed(self, now: int) -> None:
         """Refuse those that wait and would wait for too long, since what seemed to be a burst goes on."""
-        admission = self._admission
-        ahead = self._running_rows
+        ahead = 0
         kept: list[Job] = []
         late: list[tuple[Job, float]] = []
         for job in self._queue:
-            wait = admission.wait_s(ahead, self._runs(ahead))
-            if kept and wait > admission.allowed_s(job.rows):
+            wait = self._wait_s(ahead, now)
+            if kept and wait > self._admission.allowed_s(job.rows):
                 late.append((job, wait))
             else:
                 kept.append(job)
