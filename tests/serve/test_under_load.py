@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.xdist_group("serve-load")]
 def request(model: str, x: np.ndarray[Any, Any], name: str) -> bytes:
     body, head = binary([(name, "FP32", x)])
     return (
-        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {head}\r\n"
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: localhost\r\n"
+        f"Inference-Header-Content-Length: {head}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode() + body
 

@@ -62,6 +62,20 @@ def parser() -> argparse.ArgumentParser:
     listen.add_argument("--role", choices=["infer", "admin"], default="infer", help="of the new token")
     listen.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate chain")
     listen.add_argument("--tls-key", type=Path, metavar="PEM", help="its key")
+    listen.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name of this server; without tokens only loopback's are answered; may be repeated",
+    )
+    listen.add_argument(
+        "--shared-memory-user",
+        action="append",
+        default=[],
+        metavar="USER",
+        help="whose regions are taken beside this user's own; may be repeated",
+    )
     listen.add_argument("--max-body-mb", type=int, default=64, metavar="MB", help="default: 64")
     listen.add_argument("--max-connections", type=int, default=1000, metavar="N", help="default: 1000")
     listen.add_argument(
@@ -159,9 +173,13 @@ async def _main(options: argparse.Namespace) -> None:
         also = f"; gRPC on {app.grpc_address}" if app.grpc_address else ""
         sys.stdout.write(f"Listening on {app.url} (Open Inference Protocol v2, metrics at /metrics){also}\n")
         sys.stdout.flush()
-        following = asyncio.create_task(reread.follow(options.models, app.service))
+        following = [
+            asyncio.create_task(reread.follow(options.models, app.service)),
+            asyncio.create_task(reread.follow_access(app, options.token_file)),
+        ]
         await stop.wait()
-        following.cancel()
+        for task in following:
+            task.cancel()
     finally:
         await app.stop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -198,6 +216,8 @@ def _app(options: argparse.Namespace) -> "App":
         certificate=options.tls_cert,
         key=options.tls_key,
         limits=_client_limits(options),
+        names=tuple(options.allow_host),
+        shared_memory_users=tuple(options.shared_memory_user),
     )
     source = Directory(options.models, Verdicts(options.probe_cache or default_path()), options.threads)
     known = None if options.token_file is None else tokens.read(options.token_file)
