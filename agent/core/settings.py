@@ -114,6 +114,10 @@ class Serve(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """Bearer tokens, made by ``pithead-agent serve --new-token``; needed beyond loopback."""
     tls_certificate_file: str | None = None
     tls_key_file: str | None = None
+    host_names: tuple[str, ...] = ()
+    """What it may be called in ``Host``, beside loopback's names, where no token is asked for."""
+    shared_memory_users: tuple[str, ...] = ()
+    """Whose regions of shared memory are taken, beside those of the agent's own user."""
     memory_budget_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 0
     """For all served models together: the idle ones leave first. 0: no limit."""
     models: dict[Name, ServedModel] = {}

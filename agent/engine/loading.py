@@ -159,7 +159,16 @@ def find_variant(manifest: Manifest, spec: ModelSpec) -> Variant:
 
 def open_variant(variant: Variant, spec: ModelSpec) -> Session:
     """Return a session of the very bytes that the manifest names; raises ``package.*``, ``inference.*``."""
-    model = _verified(spec, variant.file)
+    return open_bytes(variant, spec, read_verified(variant, spec))
+
+
+def read_verified(variant: Variant, spec: ModelSpec) -> bytes:
+    """Return the very bytes that the manifest names; raises ``package.*``."""
+    return _verified(spec, variant.file)
+
+
+def open_bytes(variant: Variant, spec: ModelSpec, model: bytes) -> Session:
+    """Return a session of a variant's bytes; raises ``inference.*``."""
     hints = variant.accelerator_options.get(spec.accelerator)
     accelerator = find(variant.format, spec.accelerator, spec.custom, hints)
     return open_session(model, variant.format, accelerator, resources=spec.resources)

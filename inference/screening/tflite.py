@@ -30,6 +30,18 @@ def screen(content: bytes) -> None:
         raise PitheadError("inference.load_failed", "not a whole TFLite file") from error
 
 
+def graphs(content: bytes) -> int:
+    """Return how many graphs a model has: loops and branches are graphs beside the first.
+
+    Raises ``inference.load_failed`` for what is no whole model.
+    """
+    try:
+        field = _slot(content, _u32(content, 0), _MODEL_SUBGRAPHS)
+        return _u32(content, field + _u32(content, field)) if field else 0
+    except (struct.error, IndexError, ValueError) as error:
+        raise PitheadError("inference.load_failed", "not a whole TFLite file") from error
+
+
 def _operators(content: bytes) -> None:
     root = _u32(content, 0)
     if not _slot(content, root, _MODEL_SUBGRAPHS):

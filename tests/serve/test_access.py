@@ -1,6 +1,7 @@
 """Who may ask: tokens, roles, TLS, and that nobody listens beyond loopback by accident."""
 
 import http.client
+import socket
 import ssl
 import subprocess
 import sys
@@ -88,8 +89,9 @@ def test_beyond_loopback_there_is_no_shared_memory(
     assert (reply.status, "loopback" in reply.error) == (400, True)
 
 
-def test_tls(starts: Callable[..., Served], model_directory: Path, tmp_path: Path):
-    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+def certify(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate and its key; those that are there are overwritten."""
+    certificate, key = folder / "c.pem", folder / "k.pem"
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
@@ -99,6 +101,11 @@ def test_tls(starts: Callable[..., Served], model_directory: Path, tmp_path: Pat
         check=True,
         capture_output=True,
     )
+    return certificate, key
+
+
+def test_tls(starts: Callable[..., Served], model_directory: Path, tmp_path: Path):
+    certificate, key = certify(tmp_path)
     served = starts(
         model_directory / "autoencoder.onnx", "--tls-cert", str(certificate), "--tls-key", str(key)
     )
@@ -150,3 +157,103 @@ def test_new_tokens(tmp_path: Path):
     path.write_text(done.stdout)
     token = done.stderr.splitlines()[0]
     assert tokens.read(path).who(f"Bearer {token}".encode()) == tokens.Principal("line-3", admin=False)
+
+
+def test_changed_tokens_and_certificates_hold_and_broken_ones_do_not(
+    starts: Callable[..., Served], model_directory: Path, tmp_path: Path, token_file: tuple[Path, str, str]
+):
+    path, infer, _ = token_file
+    certificate, key = certify(tmp_path)
+    more = ("--token-file", str(path), "--tls-cert", str(certificate), "--tls-key", str(key))
+    served = starts(model_directory / "autoencoder.onnx", *more)
+
+    def shown() -> bytes:
+        return ssl.get_server_certificate(("127.0.0.1", served.port)).encode()
+
+    def ask(token: str) -> int:
+        context = ssl._create_unverified_context()  # noqa: S323 - it changes meanwhile
+        connection = http.client.HTTPSConnection("127.0.0.1", served.port, timeout=10, context=context)
+        try:
+            connection.request("GET", "/v2", headers={"Authorization": f"Bearer {token}"})
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def logged(words: str) -> bool:
+        return words in served.log.read_text()
+
+    first = shown()
+    assert first.split() == certificate.read_bytes().split()
+    assert ask(infer) == 200
+    whole = path.read_text()
+    path.write_text("no token\n")
+    until(lambda: logged("serving.tokens_kept"), "a broken file is logged")
+    assert ask(infer) == 200
+    token, line = tokens.new("other", "infer")
+    path.write_text(line + "\n")
+    until(lambda: ask(token) == 200, "the new token holds")
+    assert ask(infer) == 401, whole
+    certificate.write_text("broken")
+    until(lambda: logged("serving.certificate_kept"), "a broken certificate is logged")
+    assert shown() == first
+    certify(tmp_path)
+    until(
+        lambda: shown().split() == certificate.read_bytes().split() != first.split(), "the new one is shown"
+    )
+    assert ask(token) == 200
+
+
+def test_handshakes_are_bounded_and_the_oldest_makes_room(
+    starts: Callable[..., Served], model_directory: Path, tmp_path: Path
+):
+    certificate, key = certify(tmp_path)
+    more = ("--tls-cert", str(certificate), "--tls-key", str(key), "--max-connections", "32")
+    served = starts(model_directory / "autoencoder.onnx", *more, "--client-timeout-s", "2")
+    context = ssl.create_default_context(cafile=str(certificate))
+
+    def page() -> str:
+        connection = http.client.HTTPSConnection("localhost", served.port, timeout=10, context=context)
+        try:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    def under_way() -> int:
+        return int(page().partition("\npithead_http_handshakes ")[2].split()[0])
+
+    silent = [socket.create_connection(("127.0.0.1", served.port), timeout=10) for _ in range(50)]
+    until(lambda: 1 <= under_way() <= 8, "a quarter of all connections is at a handshake")
+    for sock in silent[:40]:
+        assert sock.recv(1) == b"", "the oldest were let go"
+    until(lambda: under_way() == 0, "the others had their time")
+    for sock in silent:
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST.:8000", 200),
+        ("app.localhost:1", 200),
+        ("127.0.0.1:9", 200),
+        ("[::1]:8000", 200),
+        ("192.168.0.9", 200),
+        ("evil.example", 403),
+        ("evil.example:8000", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("", 403),
+    ],
+)
+def test_a_name_that_leads_here_is_not_enough(shared: Served, host: str, status: int):
+    reply = shared.ask("GET", "/v2/health/live", None, {"Host": host})
+    assert reply.status == status
+    assert status == 200 or "--allow-host" in reply.error
+
+
+def test_names_that_are_given_are_answered(starts: Callable[..., Served], model_directory: Path):
+    served = starts(model_directory / "autoencoder.onnx", "--allow-host", "Edge-7.plant.example")
+    for host, status in (("edge-7.plant.example:80", 200), ("plant.example", 403), ("localhost", 200)):
+        assert served.ask("GET", "/v2", None, {"Host": host}).status == status

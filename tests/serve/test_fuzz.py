@@ -116,7 +116,8 @@ def test_bytes_on_the_socket_are_anything(shared: Served, data: bytes):
 
 BODY, HEAD = binary([("input", "FP32", X)])
 REQUEST = (
-    f"POST /v2/models/autoencoder/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {HEAD}\r\n"
+    f"POST /v2/models/autoencoder/infer HTTP/1.1\r\nHost: localhost\r\n"
+    f"Inference-Header-Content-Length: {HEAD}\r\n"
     f"Content-Length: {len(BODY)}\r\n\r\n"
 ).encode() + BODY
 
@@ -185,7 +186,7 @@ def test_targets_are_anything(shared: Served, method: str, parts: list[str], bod
     target = "/" + "/".join(parts).replace(" ", "%20")
     if parts[:1] == ["v2"] and parts[-1] == "unregister":
         return
-    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     codes = statuses(raw(shared, head + body))
     assert all(code < 500 for code in codes), codes
     assert codes

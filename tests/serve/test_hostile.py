@@ -104,7 +104,7 @@ def test_answers_that_nobody_reads_are_given_up(served: Served):
         [("input", "FP32", np.ones((rows, models.WIDTH), np.float32))],
         parameters={"binary_data_output": True},
     )
-    lines = "POST /v2/models/autoencoder/infer HTTP/1.1\r\nHost: x\r\n"
+    lines = "POST /v2/models/autoencoder/infer HTTP/1.1\r\nHost: localhost\r\n"
     request = (
         f"{lines}Inference-Header-Content-Length: {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         + body
@@ -203,12 +203,12 @@ def test_classification_of_no_rows(served: Served):
 def test_bodies_count_until_they_are_answered(served: Served):
     """Pipelined behind a run they would otherwise wait in memory, as many as somebody sends."""
     busy, head = binary([("x", "FP32", np.ones((600, 4), np.float32))])
-    lines = "POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\n"
+    lines = "POST /v2/models/slow/infer HTTP/1.1\r\nHost: localhost\r\n"
     first = (
         f"{lines}Inference-Header-Content-Length: {head}\r\nContent-Length: {len(busy)}\r\n\r\n".encode()
         + busy
     )
-    junk = b"POST /v2/models/nothing/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (30 * MB)
+    junk = b"POST /v2/models/nothing/infer HTTP/1.1\r\nHost: [::1]\r\nContent-Length: %d\r\n\r\n" % (30 * MB)
     junk += bytes(30 * MB)
     before = memory_mb(served)
     peak = 0

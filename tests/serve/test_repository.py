@@ -11,7 +11,7 @@ from agent.engine.serve import catalogue, opening
 from agent.engine.serve.repository import Directory, Memory, newest
 from agent.engine.serve.requests import Region
 from agent.engine.serve.service import Service
-from agent.engine.serve.shared_memory import SharedMemory
+from agent.engine.serve.shared_memory import SharedMemory, owners
 from agent.engine.serve.verdicts import Verdict, Verdicts
 from contract.errors import PitheadError
 from inference.accelerators import find
@@ -118,6 +118,19 @@ def test_a_region_that_is_made_shorter_is_an_error_and_not_a_crash(tmp_path: Pat
     with pytest.raises(PitheadError, match="shorter"):
         memory.write(Region("r", 0, 100), np.zeros(100, np.uint8).tobytes())
     memory.close()
+
+
+def test_regions_of_other_users_are_not_taken(tmp_path: Path):
+    (tmp_path / "r").write_bytes(bytes(10))
+    me = os.geteuid()
+    with pytest.raises(PitheadError, match=rf"user {me}: see --shared-memory-user"):
+        SharedMemory(tmp_path, owners=[me + 1]).register("r", "/r", 0, 10)
+    memory = SharedMemory(tmp_path, owners=owners([str(me + 1)]))
+    memory.register("r", "/r", 0, 10)
+    memory.close()
+    assert owners(["root", "77"]) == {me, 0, 77}
+    with pytest.raises(PitheadError, match="no user 'nobody-of-that-name'"):
+        owners(["nobody-of-that-name"])
 
 
 @pytest.mark.parametrize("key", ["/../r", "..", "/a/b", "", "/", "nothing", "/link", "/pipe"])

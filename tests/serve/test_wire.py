@@ -12,7 +12,7 @@ import pytest
 from tests.serve import models
 from tests.serve.conftest import Served, binary, start, until
 
-LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 X = np.ones((1, models.WIDTH), np.float32)
 
 
@@ -37,7 +37,7 @@ def status(answer: bytes) -> int:
 
 def infer_request(*, chunked: bool = False) -> bytes:
     body, head = binary([("input", "FP32", X)])
-    lines = "POST /v2/models/autoencoder/infer HTTP/1.1\r\nHost: x\r\n"
+    lines = "POST /v2/models/autoencoder/infer HTTP/1.1\r\nHost: localhost\r\n"
     lines += f"Inference-Header-Content-Length: {head}\r\n"
     if not chunked:
         return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -66,9 +66,9 @@ def test_pipelined_requests_are_answered_in_their_order(shared: Served):
     with connect(shared) as sock:
         targets = [f"/v2/models/nothing{i}" for i in range(50)]
         sock.sendall(
-            b"".join(f"GET {t} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for t in targets)
+            b"".join(f"GET {t} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for t in targets)
             + infer_request()
-            + b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            + b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         )
         answer = receive(sock).decode("latin-1")
     places = [answer.index(f"'nothing{i}'") for i in range(50)]
@@ -113,17 +113,17 @@ def test_who_closes_its_end_still_gets_the_answer(shared: Served):
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", 400),
         (b"GET\r\n\r\n", 400),
         (b"GET / HTTP/9.9\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400),
         (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 40_000, 431),
         (b"GET / HTTP/1.1\r\n" + b"".join(b"a%d: b\r\n" % i for i in range(200)) + b"\r\n", 431),
         (b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 413),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     ],
 )
 def test_what_is_not_http_is_told_so_and_let_go(shared: Served, raw: bytes, code: int):
@@ -142,7 +142,7 @@ def test_an_upgrade_is_passed_over_and_its_body_is_not(shared: Served):
     """As Java's client and ``curl --http2`` send it."""
     get = LIVE.replace(b"\r\n\r\n", b"\r\n" + WISH + b"\r\n")
     posts = [
-        infer_request(chunked=chunked).replace(b"Host: x\r\n", b"Host: x\r\n" + WISH)
+        infer_request(chunked=chunked).replace(b"Host: localhost\r\n", b"Host: localhost\r\n" + WISH)
         for chunked in (False, True)
     ]
     last = LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -156,7 +156,7 @@ def test_an_upgrade_is_passed_over_and_its_body_is_not(shared: Served):
 def test_an_upgrade_byte_by_byte(shared: Served):
     with connect(shared) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in infer_request().replace(b"Host: x\r\n", b"Host: x\r\n" + WISH):
+        for byte in infer_request().replace(b"Host: localhost\r\n", b"Host: localhost\r\n" + WISH):
             sock.sendall(bytes([byte]))
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
@@ -214,7 +214,7 @@ def test_too_large_a_chunked_body_is_told_though_it_is_still_sent(strict: Served
     [
         b"",
         b"GET /v2 HT",
-        b"GET /v2 HTTP/1.1\r\nHost: x\r\nA",
+        b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nA",
         b"POST /v2/models/autoencoder/infer HTTP/1.1\r\nContent-Length: 100\r\n\r\nabc",
         LIVE,
     ],
@@ -276,7 +276,7 @@ def test_who_does_not_read_is_let_go_and_costs_little(starts: Callable[..., Serv
     served = starts(model_directory / "every_type.onnx", "--client-timeout-s", "1")
     until(served.ready, "the model is loaded")
     before = served.metric("process_resident_memory_bytes")
-    request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connect(served) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(1)

@@ -15,9 +15,11 @@ from msgspec.structs import replace
 
 from agent.engine.serve import http, rest
 from agent.engine.serve.catalogue import Limits
+from agent.engine.serve.handshakes import Listener
+from agent.engine.serve.hosts import Hosts
 from agent.engine.serve.repository import Source
 from agent.engine.serve.service import Service
-from agent.engine.serve.shared_memory import SharedMemory
+from agent.engine.serve.shared_memory import SharedMemory, owners
 from agent.engine.serve.tokens import Tokens
 from contract.errors import PitheadError
 
@@ -41,6 +43,10 @@ class Listen(Struct, frozen=True):
     certificate: Path | None = None
     key: Path | None = None
     limits: http.Limits = http.Limits()
+    names: tuple[str, ...] = ()
+    """What it may be called in ``Host``, beside loopback and addresses, where no token is asked for."""
+    shared_memory_users: tuple[str, ...] = ()
+    """Whose regions of shared memory are taken, beside those of the user that this process runs as."""
 
 
 class App:
@@ -60,36 +66,40 @@ class App:
                 "config.invalid",
                 f"--host {listen.host} is not loopback: give --token-file, so that not everybody may ask",
             )
-        self._listen, self._tokens = listen, tokens
-        self.service = service(sources, limits, SharedMemory() if local else SharedMemory(None))
-        self.rest = rest.Rest(self.service, tokens, listen.limits.body_bytes)
+        self.listen, self.tokens = listen, tokens
+        memory = SharedMemory(owners=owners(listen.shared_memory_users)) if local else SharedMemory(None)
+        self.service = service(sources, limits, memory)
+        self.rest = rest.Rest(
+            self.service, tokens, listen.limits.body_bytes, Hosts((listen.host, *listen.names))
+        )
         self.http: http.Server | None = None
         self.port = 0
         self.grpc: grpc_server.Server | None = None
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | Listener | None = None
+        self._context: ssl.SSLContext | None = None
 
     async def start(self) -> None:
         """Listen, then begin to load; raises ``config.invalid`` and ``serve.repository_unreadable``."""
-        listen = self._listen
+        listen = self.listen
         self.http = http.Server(self.rest.handle, rest.failure, _fitting(listen.limits))
         self.rest.shows(self.http)
+        self._context = _tls(listen)
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(
-                self.http.protocol,
-                listen.host,
-                listen.http_port,
-                backlog=BACKLOG,
-                ssl=_tls(listen),
-                ssl_handshake_timeout=listen.limits.header_s if listen.certificate else None,
-            )
+            if self._context is None:
+                self._server = await loop.create_server(
+                    self.http.protocol, listen.host, listen.http_port, backlog=BACKLOG
+                )
+                self.port = self._server.sockets[0].getsockname()[1]
+            else:
+                self._server = Listener(_listening(listen), self.http, self._context)
+                self.port = self._server.port
         except OSError as error:
             raise PitheadError(
                 "config.invalid", f"cannot listen on {listen.host}:{listen.http_port}: {error}"
             ) from error
-        self.port = self._server.sockets[0].getsockname()[1]
         if listen.grpc_port is not None:
-            self.grpc = await _grpc(self.service, self._tokens, listen, listen.grpc_port)
+            self.grpc = await _grpc(self.service, self.tokens, listen, listen.grpc_port)
         await self.service.start()
 
     async def stop(self) -> None:
@@ -102,10 +112,18 @@ class App:
         await asyncio.gather(*ends)
         await self.service.stop()
 
+    def renew_certificate(self) -> None:
+        """Show the certificate that is in the files now to whoever connects over REST from here on.
+
+        Raises ``config.invalid`` where it cannot be read, and goes on with the one before.
+        """
+        if self._context is not None and _tls(self.listen) is not None:
+            self._context.load_cert_chain(self.listen.certificate or "", self.listen.key)
+
     @property
     def url(self) -> str:
         """Where REST is."""
-        return f"{'https' if self._listen.certificate else 'http'}://{self._host}:{self.port}"
+        return f"{'https' if self.listen.certificate else 'http'}://{self._host}:{self.port}"
 
     @property
     def grpc_address(self) -> str:
@@ -114,7 +132,7 @@ class App:
 
     @property
     def _host(self) -> str:
-        return f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
+        return f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
 
 
 class ServingThread:
@@ -212,6 +230,24 @@ def _fitting(limits: http.Limits) -> http.Limits:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         return replace(limits, connections=max(1, most - 200))
     return limits
+
+
+def _listening(listen: Listen) -> list[socket.socket]:
+    """Return sockets that listen on the addresses of the host; raises ``OSError``."""
+    found = socket.getaddrinfo(
+        listen.host, listen.http_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    listening: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in dict.fromkeys(found):
+            sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+            sock.setblocking(False)
+            listening.append(sock)
+    except OSError:
+        for sock in listening:
+            sock.close()
+        raise
+    return listening
 
 
 async def _grpc(service: Service, tokens: Tokens | None, listen: Listen, port: int) -> "grpc_server.Server":

@@ -64,6 +64,20 @@ def parser() -> argparse.ArgumentParser:
     listen.add_argument("--role", choices=["infer", "admin"], default="infer", help="of the new token")
     listen.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate chain")
     listen.add_argument("--tls-key", type=Path, metavar="PEM", help="its key")
+    listen.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name of this server; without tokens only loopback's are answered; may be repeated",
+    )
+    listen.add_argument(
+        "--shared-memory-user",
+        action="append",
+        default=[],
+        metavar="USER",
+        help="whose regions are taken beside this user's own; may be repeated",
+    )
     listen.add_argument("--max-body-mb", type=int, default=64, metavar="MB", help="default: 64")
     listen.add_argument("--max-connections", type=int, default=1000, metavar="N", help="default: 1000")
     listen.add_argument(
@@ -94,12 +108,20 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--probe-cache", type=Path, metavar="FILE", help="verdicts of the sandbox")
     runs = made.add_argument_group("batching and queues")
     runs.add_argument("--max-batch", type=int, default=64, metavar="ROWS", help="default: 64; 1: no batching")
-    runs.add_argument("--latency-objective-ms", type=float, default=100.0, metavar="MS", help="of a batch")
+    runs.add_argument(
+        "--latency-objective-ms",
+        type=float,
+        metavar="MS",
+        help="from request to answer; what cannot meet it is refused",
+    )
     runs.add_argument(
         "--max-queue", type=int, default=512, metavar="N", help="requests that wait for a model"
     )
     runs.add_argument(
-        "--max-wait-ms", type=float, default=1000.0, metavar="MS", help="refuse what would wait longer"
+        "--max-wait-ms",
+        type=float,
+        metavar="MS",
+        help="refuse what would wait longer; default: by the objective, else by the model's own time",
     )
     runs.add_argument("--timeout-s", type=float, default=30.0, metavar="S", help="from request to answer")
     made.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
@@ -178,10 +200,14 @@ async def _main(options: argparse.Namespace, outgrown: Outgrown) -> None:
         also = f"; gRPC on {app.grpc_address}" if app.grpc_address else ""
         sys.stdout.write(f"Listening on {app.url} (Open Inference Protocol v2, metrics at /metrics){also}\n")
         sys.stdout.flush()
-        following = asyncio.create_task(reread.follow(options.models, app.service))
+        following = [
+            asyncio.create_task(reread.follow(options.models, app.service)),
+            asyncio.create_task(reread.follow_access(app, options.token_file)),
+        ]
         outgrown.ports = {"http-port": app.port} | ({"grpc-port": app.grpc.port} if app.grpc else {})
         outgrown.said = await watch(limit_bytes, stop)
-        following.cancel()
+        for task in following:
+            task.cancel()
     finally:
         await app.stop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -200,9 +226,9 @@ def _app(options: argparse.Namespace) -> "App":
     limits = Limits(
         policy=Policy(
             max_batch=max(1, options.max_batch),
-            objective_s=options.latency_objective_ms / 1000,
+            objective_s=_seconds(options.latency_objective_ms),
             max_queue=max(1, options.max_queue),
-            max_wait_s=options.max_wait_ms / 1000,
+            max_wait_s=_seconds(options.max_wait_ms),
             timeout_s=options.timeout_s,
         ),
         versions=max(0, options.versions),
@@ -218,10 +244,16 @@ def _app(options: argparse.Namespace) -> "App":
         certificate=options.tls_cert,
         key=options.tls_key,
         limits=_client_limits(options),
+        names=tuple(options.allow_host),
+        shared_memory_users=tuple(options.shared_memory_user),
     )
     source = Directory(options.models, Verdicts(options.probe_cache or default_path()), options.threads)
     known = None if options.token_file is None else tokens.read(options.token_file)
     return app.App([source], limits, listen, known)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def _client_limits(options: argparse.Namespace) -> "http.Limits":

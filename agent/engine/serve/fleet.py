@@ -147,6 +147,8 @@ class Fleet:
             grpc_port=said.grpc_port,
             certificate=None if said.tls_certificate_file is None else Path(said.tls_certificate_file),
             key=None if said.tls_key_file is None else Path(said.tls_key_file),
+            names=said.host_names,
+            shared_memory_users=said.shared_memory_users,
         )
         if said.token_file is not None:
             self._tokens = tokens.read(Path(said.token_file))

@@ -102,7 +102,8 @@ class Server:
         """Bytes of bodies that are not answered, and of answers that nobody reads."""
         self.statuses: dict[int, int] = {}
         """Answers by status."""
-        self.turned_away = 0
+        self.turned_away = self.shaking = 0
+        """Connections that were not taken, and those at their TLS handshake."""
         self.date = b""
         self.stopping = False
         self.loop = asyncio.get_running_loop()

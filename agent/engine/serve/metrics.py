@@ -214,6 +214,8 @@ def _http(server: Server) -> Iterator[str]:
         yield f'pithead_http_responses_total{{code="{status}"}} {count}'
     yield from _head("pithead_http_connections", "gauge", "Open connections.")
     yield f"pithead_http_connections {len(server.connections)}"
+    yield from _head("pithead_http_handshakes", "gauge", "Connections at their TLS handshake.")
+    yield f"pithead_http_handshakes {server.shaking}"
     yield from _head("pithead_http_connections_refused_total", "counter", "Connections beyond the limit.")
     yield f"pithead_http_connections_refused_total {server.turned_away}"
 

@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from agent.engine.loading import find_variant, open_variant, read_manifest
-from agent.engine.serve.opening import Opened
+from agent.engine.loading import find_variant, open_bytes, read_manifest, read_verified
+from agent.engine.serve.opening import Opened, steady
 from agent.engine.serve.repository import FORMATS, Candidate
 from agent.engine.serve.statistics import Statistics
 from agent.engine.summary import Gathered
@@ -204,7 +204,8 @@ class Offer:
             self.cause = None
             manifest = read_manifest(self.spec)
             variant = find_variant(manifest, self.spec)
-            session = Watched(open_variant(variant, self.spec), self.record)
+            content = read_verified(variant, self.spec)
+            session = Watched(open_bytes(variant, self.spec, content), self.record)
         except PitheadError as error:
             self.cause = error
             raise
@@ -215,6 +216,7 @@ class Offer:
             variant.outputs,
             variant.file.length,
             objective_ms=manifest.budget.latency_ms,
+            steady=steady(content, variant.format),
         )
 
 

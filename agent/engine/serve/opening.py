@@ -20,6 +20,7 @@ from contract.manifest import Manifest, TensorSpec, Variant
 from inference import probing
 from inference.accelerators import find
 from inference.registry import open_session, read_file
+from inference.screening.tflite import graphs
 
 if TYPE_CHECKING:
     from inference.session import Session
@@ -95,7 +96,12 @@ def open_package(manifest: Manifest, directory: Path, verdicts: Verdicts, thread
 
 
 def steady(content: bytes, model_format: str) -> bool:
-    """Whether no operator of an ONNX model repeats as its inputs say; of TFLite it is not known."""
+    """Whether no operator of the model repeats as its inputs say, as far as is known.
+
+    In TFLite a loop's body and condition are graphs beside the first.
+    """
+    if model_format == "tflite":
+        return graphs(content) <= 1
     return model_format != "onnx" or not any(operator in content for operator in _LOOPS)
 
 

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from agent.engine.serve import codec, compression, tensors
+from agent.engine.serve.hosts import Hosts
 from agent.engine.serve.http import BINARY, JSON, Request, Respond, Response, Server
 from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.routes import MAX_CONTROL, Call, Route, Routes
@@ -58,7 +59,10 @@ _FROM_A_PAGE: Final = PitheadError("auth.forbidden", "web pages may not use a se
 class Rest:
     """The handler of the HTTP server."""
 
-    def __init__(self, service: Service, tokens: Tokens | None, body_limit: int) -> None:
+    def __init__(
+        self, service: Service, tokens: Tokens | None, body_limit: int, hosts: Hosts | None = None
+    ) -> None:
+        self._hosts = hosts or Hosts()
         self._service, self._tokens, self._body_limit = service, tokens, body_limit
         self._routes = Routes(service)
         self._headers = codec.Headers()
@@ -76,6 +80,7 @@ class Rest:
             route = self._routes.find(request.target)
             if self._tokens is None:
                 who = ANYBODY
+                self._hosts.check(headers.get(b"host"))
                 if b"origin" in headers:
                     respond(refused(_FROM_A_PAGE))
                     return
@@ -96,6 +101,10 @@ class Rest:
     # ---- inference
 
     def _infer(self, request: Request, route: Route, who: Principal, respond: Respond) -> None:
+        crowded = self._service.crowded(route.model, route.version)
+        if crowded is not None:
+            respond(refused(crowded))
+            return
         headers = request.headers
         encoding = headers.get(b"content-encoding")
         if encoding is not None:

@@ -22,8 +22,9 @@ from typing import Final, TypeAlias
 
 from msgspec import Struct
 
+from agent.engine.serve.admission import Admission, Verdict
 from agent.engine.serve.aimd import BatchLimit
-from agent.engine.serve.jobs import Job, Outputs, Result, Worker, cut, run_batch
+from agent.engine.serve.jobs import MIDDLE, Job, Outputs, Result, Worker, cut, run_batch
 from contract.errors import PitheadError
 from inference.session import Session
 
@@ -41,6 +42,8 @@ LONELY: Final = 8
 """After so many turns with one request each, inline runs are not put off to the turn's end..."""
 LONELY_FOR: Final = 32
 """...for so many requests."""
+BATCH_S: Final = 0.1
+"""A batch is to take no longer, where nobody has said so."""
 _SMOOTH: Final = 0.1
 _OUTLIER: Final = 4.0
 _NS: Final = 1e-9
@@ -51,16 +54,16 @@ class Policy(Struct, frozen=True):
 
     max_batch: int = 64
     """Rows; 1 does not batch."""
-    objective_s: float = 0.1
-    """A batch is to take no longer."""
+    objective_s: float | None = None
+    """An answer is to take no longer; None: nobody has said so."""
     preferred: tuple[int, ...] = ()
     """Batch sizes that are worth cutting to, where so many wait."""
     max_delay_us: int = 0
     """How long a request may be kept for the sake of a larger batch."""
     max_queue: int = 512
     """Requests that may wait."""
-    max_wait_s: float = 1.0
-    """A request is refused when those before it are expected to take longer."""
+    max_wait_s: float | None = None
+    """A request is refused when those before it are expected to take longer; None: see ``Admission``."""
     timeout_s: float = 30.0
     """From the request to its answer."""
     hang_s: float = 60.0
@@ -72,6 +75,8 @@ class Profile(Struct, frozen=True):
 
     run_s: float
     """Median of one row; infinite where it could not be run."""
+    row_s: float | None = None
+    """What one more row adds to a run; None: as much as the first."""
     steady: bool = True
     """The time of a run does not depend on the values of its inputs, as far as is known."""
     batches: bool = False
@@ -104,7 +109,9 @@ class Runner:
         self._stalls = 0
         self.batches = profile.batches and policy.max_batch > 1
         self._row_s = profile.run_s if math.isfinite(profile.run_s) else 0.0
-        self._limit = BatchLimit(policy.objective_s, policy.max_batch if self.batches else 1)
+        row_s = self._row_s if profile.row_s is None or not self.batches else profile.row_s
+        self._admission = Admission(self._row_s, row_s, policy.objective_s, policy.max_wait_s)
+        self._limit = BatchLimit(policy.objective_s or BATCH_S, policy.max_batch if self.batches else 1)
         self._queue: list[Job] = []
         self._queued_rows = self._running_rows = 0
         self._flush_at: asyncio.Handle | None = None
@@ -112,6 +119,8 @@ class Runner:
         self._worker: Worker | None = None
         self._running: dict[int, tuple[list[Job], int]] = {}
         self._batch_number = 0
+        self._prioritised = False
+        """Requests of other priorities than the usual have come: some may pass others."""
         self.lost = False
         """A run has hung: nothing runs here any more, and the session cannot be closed."""
 
@@ -133,7 +142,7 @@ class Runner:
     def submit(self, job: Job) -> None:
         """Run ``job`` and call ``finish``, perhaps before this returns.
 
-        Raises ``serve.overloaded`` when it cannot begin in time.
+        Raises ``serve.overloaded`` when it would not be answered in time.
         """
         queue_ = self._queue
         short = (
@@ -142,9 +151,12 @@ class Runner:
         if short and not queue_ and (not self.batches or self._alone()):
             self._run_inline([job])
             return
+        job.queued = time.monotonic_ns()
         if queue_ or self._running:
             self._admit(job)
-        job.queued = time.monotonic_ns()
+            queue_ = self._queue
+        if job.priority != MIDDLE:
+            self._prioritised = True
         if not queue_ or queue_[-1].priority <= job.priority:
             queue_.append(job)
         else:
@@ -154,6 +166,14 @@ class Runner:
             self._prefetch()
         elif self._flush_at is None:
             self._flush_soon()
+
+    def crowded(self) -> PitheadError | None:
+        """Return why a request would be refused that nobody has looked into yet; None: look into it."""
+        if self._prioritised or (not self._queue and len(self._running) < 2):  # noqa: PLR2004 - and the next
+            return None
+        now = time.monotonic_ns()
+        wait = self._wait_s(self._queued_rows, now)
+        return _late(wait) if self._admission.hopeless(wait, now * _NS) else None
 
     def tick(self, now: int) -> None:
         """Tell those whose time is over, and find out whether a run hangs; call it a few times a second."""
@@ -209,12 +229,15 @@ class Runner:
                 continue
             rows = sum(job.rows for job in batch)
             if self.inline and not batch[0].large and rows * self._row_s <= INLINE_BATCH_S:
-                self._run_inline(batch)
+                taken = self._run_inline(batch)
+                if len(batch) > 1:
+                    self._admission.saw(rows, taken, calm=False)
             else:
                 self._hand_over(batch)
                 self._prefetch()
 
-    def _run_inline(self, batch: list[Job]) -> None:
+    def _run_inline(self, batch: list[Job]) -> float:
+        """Return the seconds that it took."""
         start = time.monotonic_ns()
         result = run_batch(self._session, batch)
         end = time.monotonic_ns()
@@ -224,6 +247,7 @@ class Runner:
                 self.inline = False
                 log.warning("model.leaves_the_loop", extra={"facts": {"model": self._name}})
         self._deliver(batch, result, start, end)
+        return (end - start) * _NS
 
     # ---- worker
 
@@ -246,6 +270,9 @@ class Runner:
         if self.lost:
             return
         batch, _ = self._running.pop(number)
+        if batch:
+            calm = len(batch) == 1 and not self._queue and not self._running
+            self._admission.saw(sum(job.rows for job in batch), (end - start) * _NS, calm=calm)
         self._running_rows = sum(job.rows for jobs, _ in self._running.values() for job in jobs)
         for n, (jobs, _) in self._running.items():
             self._running[n] = (jobs, end)
@@ -274,12 +301,46 @@ class Runner:
         policy = self._policy
         if len(self._queue) >= policy.max_queue:
             raise PitheadError("serve.overloaded", f"{len(self._queue)} requests wait", retry_after_s=1)
-        ahead = self._queued_rows + self._running_rows
-        if self._queue and job.priority < self._queue[0].priority:
-            ahead = self._running_rows
-        wait = ahead * self._row_s
-        if wait > policy.max_wait_s:
-            raise PitheadError("serve.overloaded", f"it would wait for {wait:.3f} s", retry_after_s=wait)
+        admission = self._admission
+        if not self._queue and len(self._running) == 1 and admission.derived:
+            return  # one may always wait, so that the worker goes on without a pause
+        passes = self._queue and job.priority < self._queue[0].priority
+        wait = self._wait_s(0 if passes else self._queued_rows, job.queued)
+        verdict = admission.ask(wait, job.rows, job.queued * _NS)
+        if verdict is Verdict.TAKEN:
+            return
+        if verdict is Verdict.SHED:
+            self._shed(job.queued)
+        raise _late(wait)
+
+    def _wait_s(self, queued_rows: int, now: int) -> float:
+        """Return by how much so many rows before it are expected to make an answer later."""
+        admission, wait = self._admission, 0.0
+        if self._running:
+            _, start = next(iter(self._running.values()))
+            wait = max(0.0, admission.takes_s(self._running_rows, len(self._running)) - (now - start) * _NS)
+        if not self.batches:
+            return wait + admission.takes_s(queued_rows, queued_rows)
+        limit = self._limit.rows
+        runs, beside = divmod(queued_rows, limit)
+        return wait + admission.takes_s(runs * limit, runs) + beside * admission.row_s
+
+    def _shed(self, now: int) -> None:
+        """Refuse those that wait and would wait for too long, since what seemed to be a burst goes on."""
+        ahead = 0
+        kept: list[Job] = []
+        late: list[tuple[Job, float]] = []
+        for job in self._queue:
+            wait = self._wait_s(ahead, now)
+            if kept and wait > self._admission.allowed_s(job.rows):
+                late.append((job, wait))
+            else:
+                kept.append(job)
+                ahead += job.rows
+        self._queue = kept
+        self._queued_rows = sum(job.rows for job in kept)
+        for job, wait in late:
+            self._refuse(job, _late(wait))
 
     def _cut(self) -> list[Job]:
         now = time.monotonic_ns()
@@ -315,6 +376,10 @@ class Runner:
     def _refuse(self, job: Job, error: PitheadError) -> None:
         now = time.monotonic_ns()
         self._finish(job, error, now, now)
+
+
+def _late(wait_s: float) -> PitheadError:
+    return PitheadError("serve.overloaded", f"it would wait for {wait_s:.3f} s", retry_after_s=wait_s)
 
 
 def _priority(job: Job) -> int:

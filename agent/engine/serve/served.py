@@ -102,6 +102,15 @@ class Live:
         """See ``Routed``."""
         return self.runner.batches
 
+    def crowded(self) -> PitheadError | None:
+        """Return why nobody is taken just now, and count who is told so; None: ``submit`` says it."""
+        if self.cache is not None:
+            return None
+        error = self.runner.crowded()
+        if error is not None:
+            self.statistics.refused += 1
+        return error
+
     def hold(self, _request: InferRequest) -> Held:
         """See ``Routed``."""
         self.in_flight += 1
@@ -225,7 +234,10 @@ class Live:
         request, wanted, real, done, began = job.context
         statistics = self.statistics
         if isinstance(result, PitheadError):
-            statistics.failed(end - began, result.code)
+            if result.code == "serve.overloaded":
+                statistics.refused += 1
+            else:
+                statistics.failed(end - began, result.code)
             answer: InferResponse | PitheadError = result
         else:
             outputs = result if wanted is None else {name: result[name] for name in wanted}

@@ -119,6 +119,16 @@ class Service:
         except PitheadError as error:
             done(error)
 
+    def crowded(self, model: str, version: str) -> PitheadError | None:
+        """Return why a request to a model would be refused, before anybody takes it apart.
+
+        Under load that is most of what a refusal costs. None: it may be taken.
+        """
+        if self.rates is not None:
+            return None
+        live = self.catalogue.routes.get((model, version))
+        return live.crowded() if isinstance(live, Live) else None
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """Return the answer, or raise it."""
         waiter = _Waiter()

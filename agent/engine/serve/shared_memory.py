@@ -6,8 +6,9 @@ kills the process (SIGBUS). A short read is only an error.
 """
 
 import os
+import pwd
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -35,7 +36,13 @@ class Registered(Struct, frozen=True):
 class SharedMemory:
     """The regions. Blocks for a copy of memory only: may be called on the loop."""
 
-    def __init__(self, directory: Path | None = DIRECTORY) -> None:
+    def __init__(self, directory: Path | None = DIRECTORY, owners: Collection[int] | None = None) -> None:
+        """Take regions of the users ``owners``; None: of the user that this process runs as, alone.
+
+        Whoever asks is not known by a connection to loopback, and could otherwise read and
+        change through this process what it may not itself.
+        """
+        self._owners = frozenset((os.geteuid(),) if owners is None else owners)
         self._directory = directory
         """None where it is not allowed: clients of another machine have no business in it."""
         self._regions: dict[str, tuple[Registered, int]] = {}
@@ -65,6 +72,12 @@ class SharedMemory:
         except (OSError, ValueError) as error:
             raise _refuse("key", f"{key[:100]!r}: {getattr(error, 'strerror', error)}") from error
         found = os.fstat(handle)
+        if found.st_uid not in self._owners:
+            os.close(handle)
+            raise _refuse(
+                "key",
+                f"{key[:100]!r} is of user {found.st_uid}: see --shared-memory-user, shared_memory_users",
+            )
         if (
             not stat.S_ISREG(found.st_mode)
             or offset < 0
@@ -132,6 +145,19 @@ class SharedMemory:
             yield handle, registered.offset + region.offset
         except OSError as error:
             raise _refuse(f"region {region.name!r}", error.strerror or str(error)) from error
+
+
+def owners(users: Iterable[str]) -> frozenset[int]:
+    """Return the ids of this process's user and of others, by name or number; raises ``config.invalid``."""
+    found = {os.geteuid()}
+    for user in users:
+        try:
+            found.add(int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid)
+        except KeyError as error:
+            raise PitheadError(
+                "config.invalid", f"--shared-memory-user: there is no user {user!r}"
+            ) from error
+    return frozenset(found)
 
 
 def _refuse(field: str, why: str) -> PitheadError:
