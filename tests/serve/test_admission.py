@@ -9,8 +9,11 @@ from agent.engine.serve.admission import BURST, CALM_S, FLOOR_S, MOST_S, Admissi
 RUN_S = 0.02
 
 
+OBJECTIVE_S = 2.75 * RUN_S
+
+
 def plain(
-    run_s: float = RUN_S, objective_s: float | None = None, max_wait_s: float | None = None
+    run_s: float = RUN_S, objective_s: float | None = OBJECTIVE_S, max_wait_s: float | None = None
 ) -> Admission:
     return Admission(run_s, run_s, objective_s, max_wait_s)
 
@@ -19,13 +22,11 @@ def flood(admission: Admission, ahead: float, times: int, now: float = 10.0) -> 
     return [admission.ask(ahead * RUN_S, 1, now) for _ in range(times)]
 
 
-def test_without_an_objective_the_models_own_time_decides():
-    admission = plain()
-    assert admission.allowed_s(1) == pytest.approx(1.75 * RUN_S)
-    assert admission.allowed_s(10) == pytest.approx(17.5 * RUN_S), "who asks for ten rows takes longer anyway"
-    assert flood(admission, 1.7, 100) == [Verdict.TAKEN] * 100
-    assert plain(1e-5).allowed_s(1) == FLOOR_S
-    assert plain(0.0).allowed_s(1) == MOST_S, "nothing is known of it yet"
+def test_without_an_objective_clients_share_the_model_for_a_second_and_no_more():
+    admission = plain(objective_s=None)
+    assert admission.allowed_s(1) == admission.allowed_s(10) == MOST_S
+    assert flood(admission, 16, 100) == [Verdict.TAKEN] * 100, "sixteen clients, as often as they like"
+    assert flood(admission, 51, 3) == [Verdict.REFUSED] * 3
 
 
 def test_an_objective_is_for_the_wait_and_the_run():
@@ -58,7 +59,7 @@ def test_a_burst_is_taken_and_one_that_goes_on_is_shed_once():
 def test_no_burst_waits_for_very_long():
     admission = plain()
     assert flood(admission, int(MOST_S / RUN_S) + 2, 3) == [Verdict.REFUSED] * 3
-    assert plain(2.0).ask(3.0, 1, 0.0) is Verdict.TAKEN, "a big model has its two runs all the same"
+    assert plain(2.0, 6.0).ask(3.0, 1, 0.0) is Verdict.TAKEN, "an objective allows what it allows"
 
 
 def test_hopeless_teaches_what_asking_would():
@@ -76,21 +77,21 @@ def test_rows_that_run_together_cost_what_they_add():
     assert admission.takes_s(11) == pytest.approx(0.020)
     assert admission.takes_s(22, 2) == pytest.approx(0.040)
     for _ in range(200):
-        admission.saw(11, 0.030, calm=False)
+        admission.saw(11, 0.030)
     assert admission.takes_s(11) == pytest.approx(0.030, rel=0.01)
-    assert admission.calm_s == 0.010, "what runs under load says nothing of a calm run"
+    assert admission.takes_s(1) == 0.010, "what runs together says nothing of a row alone"
 
 
 def test_it_follows_a_model_that_becomes_slower_but_not_one_long_pause():
     admission = plain()
-    admission.saw(1, 100.0, calm=True)
-    assert admission.calm_s < 1.31 * RUN_S
+    admission.saw(1, 100.0)
+    assert admission.takes_s(1) < 1.31 * RUN_S
     for _ in range(100):
-        admission.saw(1, 3 * RUN_S, calm=True)
-    assert admission.calm_s == pytest.approx(3 * RUN_S, rel=0.01)
+        admission.saw(1, 3 * RUN_S)
+    assert admission.takes_s(1) == pytest.approx(3 * RUN_S, rel=0.01)
     unknown = plain(0.0)
-    unknown.saw(1, 0.5, calm=True)
-    assert unknown.allowed_s(1) == 0.875
+    unknown.saw(1, 0.5)
+    assert unknown.takes_s(1) == 0.5
 
 
 @given(
@@ -102,7 +103,7 @@ def test_under_overload_who_is_taken_waits_for_two_runs_and_the_model_never_paus
     run_s: float, load: float, jitter: list[float]
 ):
     """A worker that runs one request after the other, asked ``load`` times as often as it can answer."""
-    admission = plain(run_s)
+    admission = plain(run_s, 2.75 * run_s)
     now = free_at = 0.0
     ends: list[float] = []
     waits: list[float] = []

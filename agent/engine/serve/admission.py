@@ -2,8 +2,9 @@
 
 What waits for ever is no use to anybody, and a queue that stands only makes
 all answers late by its length. So a request is taken where those before it
-are expected to be done within the model's latency objective or, where nobody
-has stated one, within a few of its own unloaded runs.
+are expected to be done within the model's latency objective. Where nobody has
+stated one, nobody knows what is late: sixteen clients of a model of 30 ms may
+well want to share it. Then a request may wait for a second.
 
 A burst is not overload. As CoDel does it (Nichols and Jacobson, "Controlling
 Queue Delay", ACM Queue 2012), a queue that is too long is borne if it goes
@@ -17,12 +18,10 @@ from typing import Final
 
 FLOOR_S: Final = 0.01
 """Nobody is refused for the sake of less: the network and the machine's own noise are as large."""
-RUNS: Final = 1.75
-"""Without an objective a request may wait for so many unloaded runs: with its own, less than three."""
 BURST: Final = 16
 """Requests that may wait for longer..."""
 MOST_S: Final = 1.0
-"""...but not for longer than this..."""
+"""...but not for longer than this, which is also what anybody may wait where nobody said anything..."""
 CALM_S: Final = 1.0
 """...once nobody had to for this long."""
 _SMOOTH: Final = 0.1
@@ -41,7 +40,7 @@ class Verdict(enum.Enum):
 class Admission:
     """The measured times of one session, and what follows from them. All times are in seconds."""
 
-    __slots__ = ("_left", "_lent", "_max_wait_s", "_objective_s", "_over", "_run_s", "calm_s", "row_s")
+    __slots__ = ("_left", "_lent", "_max_wait_s", "_objective_s", "_over", "_run_s", "row_s")
 
     def __init__(
         self, run_s: float, row_s: float, objective_s: float | None, max_wait_s: float | None
@@ -50,7 +49,7 @@ class Admission:
 
         ``max_wait_s`` is an operator's word, beside which nothing else counts.
         """
-        self._run_s = self.calm_s = run_s
+        self._run_s = run_s
         self.row_s = row_s
         self._objective_s, self._max_wait_s = objective_s, max_wait_s
         self._left, self._lent = BURST, False
@@ -65,11 +64,9 @@ class Admission:
         """Return how long a request of ``rows`` may wait."""
         if self._max_wait_s is not None:
             return self._max_wait_s
-        own = self.takes_s(rows)
-        if self._objective_s is not None:
-            return max(FLOOR_S, self._objective_s - own)
-        unloaded = max(self.calm_s, own)
-        return max(FLOOR_S, RUNS * unloaded) if unloaded else MOST_S
+        if self._objective_s is None:
+            return MOST_S
+        return max(FLOOR_S, self._objective_s - self.takes_s(rows))
 
     def takes_s(self, rows: int, runs: int = 1) -> float:
         """Return how long so many rows are expected to take in so many runs."""
@@ -102,8 +99,8 @@ class Admission:
         self._left, self._lent = self._left - 1, True
         return Verdict.TAKEN
 
-    def saw(self, rows: int, seconds: float, *, calm: bool) -> None:
-        """Learn from a run; ``calm``: of one request, before and after which nobody waited.
+    def saw(self, rows: int, seconds: float) -> None:
+        """Learn from a run.
 
         What took much longer than usual was kept from the processor, most likely: it counts, but not in full.
         """
@@ -111,8 +108,6 @@ class Admission:
             self.row_s = _towards(self.row_s, max(0.0, seconds - self._run_s) / (rows - 1))
         else:
             self._run_s = _towards(self._run_s, seconds)
-        if calm:
-            self.calm_s = _towards(self.calm_s, seconds)
 
 
 def _towards(before: float, now: float) -> float:

@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-wait-ms",
         type=float,
         metavar="MS",
-        help="refuse what would wait longer; default: by the objective, else by the model's own time",
+        help="refuse what would wait longer; default: by the objective, else 1000",
     )
     runs.add_argument("--timeout-s", type=float, default=30.0, metavar="S", help="from request to answer")
     made.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])

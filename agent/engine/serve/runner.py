@@ -231,7 +231,7 @@ class Runner:
             if self.inline and not batch[0].large and rows * self._row_s <= INLINE_BATCH_S:
                 taken = self._run_inline(batch)
                 if len(batch) > 1:
-                    self._admission.saw(rows, taken, calm=False)
+                    self._admission.saw(rows, taken)
             else:
                 self._hand_over(batch)
                 self._prefetch()
@@ -271,8 +271,7 @@ class Runner:
             return
         batch, _ = self._running.pop(number)
         if batch:
-            calm = len(batch) == 1 and not self._queue and not self._running
-            self._admission.saw(sum(job.rows for job in batch), (end - start) * _NS, calm=calm)
+            self._admission.saw(sum(job.rows for job in batch), (end - start) * _NS)
         self._running_rows = sum(job.rows for jobs, _ in self._running.values() for job in jobs)
         for n, (jobs, _) in self._running.items():
             self._running[n] = (jobs, end)
