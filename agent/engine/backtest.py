@@ -87,8 +87,8 @@ class Recorder(Reporter):
         alarms = self.alarms(served, windows, scored)
         self.found.append((batch.refs[windows.ends], scored.scores, alarms))
 
-    def missing(self, samples: int) -> None:
-        """Count them."""
+    def left_out(self, samples: int, windows: int = 0) -> None:  # noqa: ARG002 - nothing mutes a recording
+        """Count the samples."""
         self.missed += samples
 
 
