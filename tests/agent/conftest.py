@@ -2,23 +2,14 @@
 
 import hashlib
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from contract.messages import PROTOCOL_VERSION, Desired, ModelAssignment, Role
-
-DEVICE = "dev-test0001"
-
-
-class Assign(Protocol):
-    """Makes an order for a version of a model."""
-
-    def __call__(
-        self, version: str, role: Role = Role.ACTIVE, model: str = "pump", **more: object
-    ) -> ModelAssignment: ...
+from tests.agent.bench import DEVICE, Assign, Bench, Engines, intake
 
 
 def _assign(version: str, role: Role = Role.ACTIVE, model: str = "pump", **more: object) -> ModelAssignment:
@@ -62,3 +53,16 @@ def desire() -> Callable[..., Desired]:
 def wait_until() -> Callable[..., None]:
     """Poll until a condition holds, or fail saying what was waited for."""
     return _wait_until
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    found = Bench(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def engines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    monkeypatch.setattr(bench.engine, "send", lambda _message: True)
+    return Engines(bench, intake(bench))

@@ -24,8 +24,7 @@ from inference.probing import Choice, Placement, ProbeReport
 from inference.registry import open_session
 from models import golden, package
 from models.package import reference_to
-from tests.agent.conftest import Assign
-from tests.agent.test_service import MACHINE, Bench
+from tests.agent.bench import MACHINE, Assign, Bench
 from tests.engine.conftest import make_package
 
 NAMES = ("first", "second", "third")

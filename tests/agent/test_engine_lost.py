@@ -25,8 +25,7 @@ from agent.service.world import World
 from agent.store.slots import SlotStore
 from contract.messages import Desired, ModelAssignment
 from inference.accelerators import Custom
-from tests.agent.conftest import Assign
-from tests.agent.test_service import MACHINE, Bench, intake
+from tests.agent.bench import MACHINE, Assign, Bench, intake
 from tests.engine.conftest import Package, make_package, samples, write_csv
 
 Wait = Callable[..., None]

@@ -15,10 +15,7 @@ from agent.service.loop import Parts, Supervisor
 from agent.service.updates import Poller
 from contract.errors import PitheadError
 from contract.messages import AssignmentState, Desired, PriorityClass
-from tests.agent.conftest import Assign
-from tests.agent.test_service import CLOCK, DEVICE, Bench, bench, hello, product
-
-__all__ = ["bench"]
+from tests.agent.bench import CLOCK, DEVICE, Assign, Bench, hello, product
 
 
 @pytest.fixture

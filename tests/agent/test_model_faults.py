@@ -18,9 +18,8 @@ from agent.service import intake
 from agent.service.engine_process import EngineKeeper
 from contract.messages import Desired
 from inference.accelerators import Custom
-from tests.agent.conftest import Assign
+from tests.agent.bench import Assign, Bench
 from tests.agent.test_engine_lost import LINE, Rig, Wait, bench, installed, order
-from tests.agent.test_service import Bench
 from tests.engine.conftest import CHANNELS, make_package, nan_network
 from tests.inference.native.build import build
 

@@ -19,8 +19,7 @@ from agent.service.reporting import Reporter
 from agent.service.status import Status
 from agent.wiring import with_files
 from contract.errors import PitheadError
-from tests.agent.conftest import Assign
-from tests.agent.test_service import CLOCK, LANE, Bench, Engines, hello, intake
+from tests.agent.bench import CLOCK, LANE, Assign, Bench, Engines, hello, intake
 
 SERVE = Serve(enabled=True)
 

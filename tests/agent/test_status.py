@@ -22,7 +22,7 @@ from agent.store.slots import SlotStore
 from agent.store.state import StateStore
 from contract.errors import PitheadError
 from contract.messages import Desired
-from tests.agent.conftest import Assign
+from tests.agent.bench import Assign
 from tests.agent.test_store import fill, small_disk
 
 __all__ = ["small_disk"]

@@ -35,6 +35,9 @@ MEMORY_SHARE = 0.1
 CALM_PERCENT = 70.0
 """Above this the processors are busy with other things, so that work on them alone need not stand out."""
 
+CALM_THRESHOLD = 3.0
+"""Above this the calibration saw work of the same kind come and go."""
+
 
 def spin() -> None:
     """Work on the CPU alone, until killed, or for half a minute at most."""
@@ -176,7 +179,7 @@ def test_real_load_raises_an_alarm(built: Built, tmp_path: Path):
     count = 2 * (os.cpu_count() or 1)
     memory = int(psutil.virtual_memory().available * MEMORY_SHARE) // count
     cpu = [c.name for c in pipeline.channels].index("cpu_percent")
-    if fit.mean[cpu] < CALM_PERCENT:
+    if fit.mean[cpu] < CALM_PERCENT and fit.threshold < CALM_THRESHOLD:
         with at_work(spin, count=count):
             until_alarm(fit.threshold, "CPU alone")
     with at_work(burn, str(tmp_path), memory, count=count):
