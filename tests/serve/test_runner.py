@@ -58,12 +58,15 @@ class Bench:
         self.session = Held()
         self.results: dict[float, Any] = {}
         self.order: list[float] = []
+        self.refuse_answers: set[float] = set()
         loop = asyncio.get_running_loop()
         self.runner = Runner(
             "held", self.session, profile, Policy(**policy), self._finish, lambda *_: None, loop
         )
 
     def _finish(self, job: Job, result: Any, *_times: int) -> None:
+        if job.context in self.refuse_answers:
+            raise ValueError(job.context)
         self.results[job.context] = result
         self.order.append(job.context)
 
@@ -99,6 +102,21 @@ def test_what_comes_in_one_turn_runs_together():
         await bench.until(lambda: len(bench.results) == 5)
         assert bench.session.batches == [5]
         assert [bench.results[float(i)]["x"][0, 0] for i in range(5)] == [0, 2, 4, 6, 8]
+
+    run(test)
+
+
+@pytest.mark.parametrize("profile", [SHORT, LONG])
+def test_who_cannot_take_an_answer_takes_nobody_elses_along(profile: Profile):
+    async def test() -> None:
+        bench = Bench(profile)
+        bench.refuse_answers = {0.0, 2.0}
+        for i in range(4):
+            bench.submit(float(i))
+        await bench.until(lambda: len(bench.results) == 2)
+        bench.submit(5.0)
+        await bench.until(lambda: 5.0 in bench.results)
+        assert set(bench.results) == {1.0, 3.0, 5.0}
 
     run(test)
 

@@ -370,11 +370,17 @@ class Runner:
             self._limit.saw(rows, seconds)
         self._ran(rows, end - start)
         for job, outputs in zip(batch, result, strict=True):
-            self._finish(job, outputs, start, end)
+            self._tell(job, outputs, start, end)
 
     def _refuse(self, job: Job, error: PitheadError) -> None:
         now = time.monotonic_ns()
-        self._finish(job, error, now, now)
+        self._tell(job, error, now, now)
+
+    def _tell(self, job: Job, result: Outputs | PitheadError, start: int, end: int) -> None:
+        try:
+            self._finish(job, result, start, end)
+        except Exception:  # who cannot take an answer must not take those of others along
+            log.exception("serving.answer_lost", extra={"facts": {"model": self._name}})
 
 
 def _late(wait_s: float) -> PitheadError:
