@@ -35,6 +35,8 @@ MAX_RESETS: Final = 100
 """More than calls that ended, on one connection."""
 MAX_CHATTER: Final = 500
 """Frames between two sweeps that do nothing but cost: PING, SETTINGS, PRIORITY, empty or unknown ones."""
+SMALL_WINDOW: Final = 64
+"""Bytes: an honest client waits for more before it opens a window."""
 IDLE_S: Final = 600.0
 PING_S: Final = 30.0
 PING_TIMEOUT_S: Final = 20.0
@@ -615,8 +617,8 @@ class Connection(asyncio.Protocol):
                 return
         if self.blocked:
             self.push()
-        else:
-            self._chatter += more < 64  # noqa: PLR2004 - bytes: an honest client waits for more than these
+        elif more < SMALL_WINDOW:
+            self._chat()
 
     def _settings(self, flags: int, number: int, payload: bytes) -> None:
         _on_connection(number)
