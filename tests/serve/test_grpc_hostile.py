@@ -360,11 +360,13 @@ def test_the_h2_library_as_a_client(served: Served):
             made.send_headers(stream, fields)
             left = framed(SMALL) if i % 5 else big
             while left:
-                size = min(len(left), made.local_flow_control_window(stream), made.max_outbound_frame_size)
-                made.send_data(stream, left[:size])
-                left = left[size:]
-                if left:
-                    sock.sendall(made.data_to_send())
+                window = made.local_flow_control_window(stream)
+                size = min(len(left), window, made.max_outbound_frame_size)
+                if size:
+                    made.send_data(stream, left[:size])
+                    left = left[size:]
+                sock.sendall(made.data_to_send())
+                if not size:
                     _take(made, sock, answers, ends)
             made.end_stream(stream)
         while len(ends) < 20:
