@@ -37,6 +37,7 @@ MAX_CHATTER: Final = 500
 """Frames between two sweeps that do nothing but cost: PING, SETTINGS, PRIORITY, empty or unknown ones."""
 SMALL_WINDOW: Final = 64
 """Bytes: an honest client waits for more before it opens a window."""
+CHATTER_OF_ANSWER: Final = 8
 IDLE_S: Final = 600.0
 PING_S: Final = 30.0
 PING_TIMEOUT_S: Final = 20.0
@@ -158,6 +159,7 @@ class Stream:
         if not self.open:
             return
         connection = self.connection
+        connection.chatter -= CHATTER_OF_ANSWER  # clients open windows and ping for what they get
         size = len(body)
         if not self._begun:
             self._begun = True
@@ -282,7 +284,7 @@ class Connection(asyncio.Protocol):
         """Header fields whose end has not come."""
         self._block_of = (0, 0, 0)
         self._resets = 0
-        self._chatter = 0
+        self.chatter = 0
         self._leaving = False
         self._closing = False
         self._deadline = 0.0
@@ -486,8 +488,8 @@ class Connection(asyncio.Protocol):
                 raise ConnectionError2(h2.FRAME_SIZE_ERROR, "PRIORITY")
 
     def _chat(self) -> None:
-        self._chatter += 1
-        if self._chatter > MAX_CHATTER:
+        self.chatter += 1
+        if self.chatter > MAX_CHATTER:
             raise ConnectionError2(h2.ENHANCE_YOUR_CALM, "too many frames that do nothing")
 
     def _headers(self, flags: int, number: int, payload: bytes) -> None:
@@ -718,7 +720,7 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float) -> None:
         """Look at the deadlines."""
-        self._chatter = 0
+        self.chatter = 0
         for stream in list(self.streams.values()):
             stream.sweep(now)
         if now > self._deadline:
