@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := build/packages/.built
 ARGS ?=
 
-.PHONY: help setup system demo test check bench bench-accuracy bench-lanes bench-serving bench-serving-grpc soak docs lock clean
+.PHONY: help setup system demo test check fuzz bench bench-accuracy bench-lanes bench-serving bench-serving-grpc soak docs lock clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ check: $(STAMP)  ## Style, types, layers, wheel
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/wheel/check_wheel.py
+
+fuzz: $(STAMP)  ## Five minutes of atheris on what decodes bytes; longer with ARGS="--seconds 3600"
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 bench: setup  ## Benchmarks, each beside a peer or a limit
 	for b in benchmarks/bench_*.py; do $(BIN)/python $$b $(ARGS); done

@@ -187,6 +187,17 @@ class LaneState(Struct, frozen=True, omit_defaults=True, tag="lane"):
     """As they were when the state was sent; what ails them is no fault of the lane."""
 
 
+class PipelineState(Struct, frozen=True, omit_defaults=True):
+    """A pipeline of served models as it is."""
+
+    name: Name
+    detail: Text = ""
+    """Why it cannot be asked; empty where it can."""
+    requests: Count = 0
+    """Answered, since the listener began."""
+    errors: Count = 0
+
+
 class ServeState(Struct, frozen=True, omit_defaults=True, tag="serve"):
     """Serving as it is, sent on every change and at least once a second while there is to be any."""
 
@@ -201,6 +212,7 @@ class ServeState(Struct, frozen=True, omit_defaults=True, tag="serve"):
 
     ``errors`` are those that the model is to blame for.
     """
+    pipelines: tuple[PipelineState, ...] = ()
     code: ErrorCode | None = None
     detail: Text = ""
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from agent.core.layout import Layout
+from agent.core.memory import limit
 from agent.core.settings import AgentSettings, Lane, overridden, parse
 from agent.core.trusted_time import clock_is_right
-from agent.engine import plugins
+from agent.engine import memory, plugins
 from agent.engine.clock import Clock as EngineClock
 from agent.errors import from_os
 from agent.identity import record
@@ -288,7 +289,13 @@ def build(layout: Layout, settings: AgentSettings, identity: Identity) -> Superv
             fraction=random.random,
             world=world,
             outbox=outbox,
-            engine=EngineKeeper(layout, post, fraction=random.random, cpus=settings.engine.cpus),
+            engine=EngineKeeper(
+                layout,
+                post,
+                fraction=random.random,
+                cpus=settings.engine.cpus,
+                memory_bytes=limit(settings.memory.engine_mb, memory.machine_bytes()),
+            ),
             children=Children(
                 layout,
                 post,

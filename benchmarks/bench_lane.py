@@ -6,163 +6,47 @@ source: rows, unit and range checks, normalising, windowing, then the same,
 then debounce, sketches, anomalies and summaries. Both score the very same
 numbers, which is checked first.
 
+Two more figures: what a lane at 1 kHz x 8 channels takes of a core, in a real
+engine process and all of it; and what the lane adds to the model's time, for
+windows as they are gathered and for a row that comes alone, from the hand of
+its source to its report.
+
 Rates are medians of alternating runs; the ratio is the median of the pairs'
 ratios, so that what else the machine does meets both alike. The ratio by
-processor time leaves out when a thread had to wait for a core. MLPerf Tiny's
-ad01 is taken from ``$PITHEAD_SHARED_DATA/models`` and left out where it is
-not there.
+processor time leaves out when a thread had to wait for a core.
 """
 
 import argparse
-import hashlib
 import json
-import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+from lane_cases import ROOT, Case, cases, package
 
+from agent.core.frames import FrameReader, frame
 from agent.engine.clock import Clock
 from agent.engine.lane import Lane
 from agent.engine.loading import Loader, load
 from agent.engine.outlet import Outlet
 from agent.engine.sources.base import Batch
-from agent.ports import LaneSpec
-from contract.manifest import (
-    Channel,
-    FileRef,
-    Golden,
-    Manifest,
-    Pipeline,
-    Provenance,
-    Score,
-    TensorSpec,
-    Variant,
-)
-from inference.registry import open_session
+from agent.ports import Configure, FromEngine, LaneSpec, LaneState, socket_address
 from inference.scoring import BATCH
-from models import onnx_builder, tflite_builder
-from models.dense import Training, quantise_network, train_autoencoder
 
-ROOT: Final = Path(__file__).parents[1]
-AD01: Final = (
-    Path(os.environ.get("PITHEAD_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    / "models"
-    / "mlperf-tiny-ad01"
-)
 RATIO, ADDED_P50_US, ADDED_P99_US, CORE_SHARE = 0.8, 30.0, 200.0, 0.10
-ROWS: Final = 4096
+ALONE: Final = 1000
+"""Rows that come alone in one run."""
+PROCESS_CLOCK: Final = 2
+"""With a process's id, Linux's clock of the processor time of all its threads (clock_getcpuclockid(3))."""
 CLOCK: Final = Clock(wall=lambda: time.time_ns() // 1000, mono=lambda: time.monotonic_ns() // 1000)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model in a lane."""
-
-    model: str
-    content: bytes
-    format: Any
-    accelerator: str
-    channels: int
-    window: int
-    input: TensorSpec
-    output: TensorSpec
-
-    @property
-    def name(self) -> str:
-        """As in the table."""
-        return f"{self.model} {self.format}"
-
-    def rows(self) -> Any:
-        """Random rows, as the recording holds them."""
-        return np.random.default_rng(0).normal(0, 2, size=(ROWS, self.channels)).round(3)
-
-    def windows(self) -> Any:
-        """Normalised and cut, as the lane has them before it quantises."""
-        rows = self.rows().astype(np.float32)
-        return np.stack([rows[i : i + self.window].reshape(-1) for i in range(ROWS - self.window + 1)])
-
-
-def cases() -> Iterator[Case]:
-    if AD01.is_dir():
-        first = (AD01 / "ad01_int8.tflite").read_bytes()
-        session = open_session(first, "tflite", "xnnpack")
-        tensors = session.inputs[0], session.outputs[0]
-        session.close()
-        yield Case("ad01 5x128", first, "tflite", "xnnpack", 128, 5, *tensors)
-        yield Case("ad01 5x128", (AD01 / "ad01_int8.onnx").read_bytes(), "onnx", "cpu", 128, 5, *tensors)
-        yield Case("ad01 1x640", first, "tflite", "xnnpack", 640, 1, *tensors)
-    else:
-        print(f"no models at {AD01}: set PITHEAD_SHARED_DATA to measure MLPerf Tiny's ad01")
-    for width in (8, 9):
-        x = np.random.default_rng(1).normal(0, 2, size=(2048, width))
-        integers = quantise_network(train_autoencoder(x, Training(hidden=(16, 4, 16), epochs=2)), x)
-        for kind, accelerator, builder in (
-            ("tflite", "xnnpack", tflite_builder),
-            ("onnx", "cpu", onnx_builder),
-        ):
-            content = builder.build_int8(integers, "bench")
-            session = open_session(content, kind, accelerator)
-            tensors = session.inputs[0], session.outputs[0]
-            session.close()
-            yield Case(f"dense 1x{width}", content, kind, accelerator, width, 1, *tensors)
-
-
-def package(case: Case, directory: Path, threshold: float, **source: Any) -> LaneSpec:
-    """Write the case's package and recording; return its lane."""
-    ref = FileRef(f"model.{case.format}", hashlib.sha256(case.content).hexdigest(), len(case.content))
-    manifest = Manifest(
-        format=1,
-        name="bench",
-        version="1.0.0",
-        release_counter=1,
-        summary="bench",
-        licence="Apache-2.0",
-        variants=(
-            Variant(
-                name="v",
-                file=ref,
-                format=case.format,
-                quantisation="int8",
-                inputs=(case.input,),
-                outputs=(case.output,),
-                golden=Golden(ref, 1, {}),
-                accelerators=(case.accelerator,),
-            ),
-        ),
-        provenance=Provenance(source="bench", data="random"),
-        pipeline=Pipeline(
-            channels=tuple(Channel(f"c{i}", minimum=-1e6, maximum=1e6) for i in range(case.channels)),
-            window=case.window,
-            stride=1,
-            mean=(0.0,) * case.channels,
-            scale=(1.0,) * case.channels,
-            clip=1e6,
-        ),
-        score=Score(method="reconstruction_mse", threshold=threshold),
-    )
-    text = msgspec.json.encode(manifest)
-    (directory / ref.path).write_bytes(case.content)
-    (directory / "manifest.json").write_bytes(text)
-    header = ",".join(f"c{i}" for i in range(case.channels))
-    np.savetxt(directory / "rows.csv", case.rows(), fmt="%.3f", delimiter=",", header=header, comments="")
-    return LaneSpec(
-        lane="bench",
-        model_name="bench",
-        version="1.0.0",
-        digest=hashlib.sha256(text).hexdigest(),
-        manifest=str(directory / "manifest.json"),
-        files={ref.path: str(directory / ref.path)},
-        variant="v",
-        accelerator=case.accelerator,
-        source={"kind": "replay", "path": str(directory / "rows.csv"), **source},
-    )
 
 
 class Rate(NamedTuple):
@@ -197,12 +81,6 @@ class Running:
         """What the lane's thread has taken so far."""
         thread = self.lane._thread.ident  # noqa: SLF001 - as above
         return time.clock_gettime(time.pthread_getcpuclockid(thread or 0))
-
-    def cpu_share(self, seconds: float) -> float:
-        """Share of one core that the lane's thread takes."""
-        began, before = time.perf_counter(), self.cpu_s
-        time.sleep(seconds)
-        return (self.cpu_s - before) / (time.perf_counter() - began)
 
     def stop(self) -> None:
         """End the lane."""
@@ -289,36 +167,67 @@ def check_same(case: Case, spec: LaneSpec, windows: Any, scores: Any) -> None:
     served.session.close()
 
 
-def alone_latency(case: Case, rows: int = 4000) -> tuple[float, float]:
-    """Return p50 and p99 in us of what the lane adds to the model, one row at a time."""
+class OneByOne:
+    """A source that has one more row at each poll."""
+
+    def __init__(self, rows: Any) -> None:
+        now = CLOCK.wall()
+        self._batches = [Batch(rows[i : i + 1], np.array([now]), np.array([i])) for i in range(len(rows))]
+        self._done = 0
+
+    def poll(self, limit: int) -> Batch:  # noqa: ARG002 - as every source
+        """See ``Source``."""
+        self._done += 1
+        return self._batches[self._done % len(self._batches)]
+
+    def wait_s(self) -> float:
+        """See ``Source``."""
+        return 0.0
+
+    def backlog(self) -> int:
+        """See ``Source``."""
+        return 1
+
+    def close(self) -> None:
+        """See ``Source``."""
+
+
+def alone_latency(case: Case, runs: int) -> list[tuple[float, float]]:
+    """Return p50 and p99 in us of what the lane adds to the model for one row, of each run."""
+    found, run_us = [], 0.0
     with tempfile.TemporaryDirectory() as name:
-        running = Running(package(case, Path(name), 1e9, rate_hz=1.0))
-        served = running.lane._serving  # noqa: SLF001 - the lane's own path, without its pauses
+        spec = package(case, Path(name), 1e9, rate_hz=1.0)
+        running = Running(spec)
         running.stop()
-        assert served is not None
-        served = load(served.spec)
-        values, added, run_us, inner = case.rows(), [], 0.0, served.scorer.run
+        # The lane's own path, without its thread and its pauses.
+        lane, served = running.lane, load(spec)
+        lane._serving = served  # noqa: SLF001 - nobody else asks
+        lane._pump(spec)  # noqa: SLF001 - as above; opens the source, in whose place comes another
+        lane._feed._source = OneByOne(case.rows())  # noqa: SLF001 - as above
+        inner = served.scorer.run
 
         def timed(windows: Any) -> Any:
             nonlocal run_us
             scored = inner(windows)
-            run_us = float(scored.run_us[0])
+            run_us = scored.model_us
             return scored
 
         served.scorer.run = timed  # type: ignore[method-assign]
-        for i in range(rows):
-            at = i % ROWS
-            batch = Batch(values[at : at + 1], np.array([CLOCK.wall()]), np.array([at]))
-            began = time.perf_counter_ns()
-            running.lane._score(served, batch)  # noqa: SLF001 - as above
-            added.append((time.perf_counter_ns() - began) / 1000 - run_us)
+        for run in range(runs + 1):
+            added = []
+            for _ in range(ALONE):
+                began = time.perf_counter_ns()
+                lane._pump(spec)  # noqa: SLF001 - as above
+                added.append((time.perf_counter_ns() - began) / 1000 - run_us)
+            p50, p99 = np.quantile(added, (0.5, 0.99))
+            if run:  # the first is for the caches
+                found.append((float(p50), float(p99)))
         served.session.close()
-    found = np.quantile(added[rows // 10 :], (0.5, 0.99))
-    return float(found[0]), float(found[1])
+    return found
 
 
-def live(case: Case, seconds: float) -> dict[str, float]:
-    """What 1 kHz costs, and what the lane adds to the model's time there, as gathered and row by row."""
+def gathered_latency(case: Case, seconds: float) -> tuple[float, float]:
+    """Return p50 and p99 in us of what the lane adds to the model for windows gathered at 1 kHz."""
     seen: list[Any] = []
     with tempfile.TemporaryDirectory() as name:
         running = Running(package(case, Path(name), 1e9, rate_hz=1000.0))
@@ -330,16 +239,57 @@ def live(case: Case, seconds: float) -> dict[str, float]:
             inner(served, batch, windows, result, latency)
 
         report.scored = scored  # type: ignore[method-assign]
-        share = running.cpu_share(seconds)
+        time.sleep(seconds)
         running.stop()
     p50, p99 = np.quantile(np.concatenate(seen), (0.5, 0.99))
-    alone = alone_latency(case)
+    return float(p50), float(p99)
+
+
+def core_shares(case: Case, seconds: float, runs: int) -> list[float]:
+    """Return what a whole engine process with the lane at 1 kHz takes of a core, ``runs`` times."""
+    with tempfile.TemporaryDirectory() as name:
+        spec, path = package(case, Path(name), 1e9, rate_hz=1000.0), Path(name) / "engine.sock"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agent.engine", "--socket", path], cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        try:
+            while not path.exists():
+                time.sleep(0.01)
+            with socket.socket(socket.AF_UNIX) as supervisor, socket_address(path) as address:
+                supervisor.settimeout(30)
+                supervisor.connect(address)
+                supervisor.sendall(frame(msgspec.msgpack.encode(Configure(lanes=(spec,)))))
+                reader, decoder, windows = FrameReader(), msgspec.msgpack.Decoder(FromEngine), 0
+                while not windows:
+                    said = [decoder.decode(text) for text in reader.feed(supervisor.recv(1 << 16))]
+                    windows = max((m.windows for m in said if isinstance(m, LaneState)), default=0)
+                return [_core_share(process.pid, seconds) for _ in range(runs)]
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _core_share(pid: int, seconds: float) -> float:
+    clock = ~pid << 3 | PROCESS_CLOCK
+    began, before = time.perf_counter(), time.clock_gettime(clock)
+    time.sleep(seconds)
+    return (time.clock_gettime(clock) - before) / (time.perf_counter() - began)
+
+
+def live(case: Case, seconds: float, runs: int) -> dict[str, float]:
+    """What 1 kHz costs, and what the lane adds to the model's time, as gathered and row by row: medians."""
+    gathered = [gathered_latency(case, seconds) for _ in range(runs)]
+    alone = alone_latency(case, runs)
+
+    def middle(values: list[tuple[float, float]], which: int) -> float:
+        return round(statistics.median(value[which] for value in values), 1)
+
     return {
-        "core_share": round(share, 4),
-        "added_p50_us": round(float(p50), 1),
-        "added_p99_us": round(float(p99), 1),
-        "alone_added_p50_us": round(alone[0], 1),
-        "alone_added_p99_us": round(alone[1], 1),
+        "core_share": round(statistics.median(core_shares(case, 2 * seconds, runs)), 4),
+        "added_p50_us": middle(gathered, 0),
+        "added_p99_us": middle(gathered, 1),
+        "alone_added_p50_us": middle(alone, 0),
+        "alone_added_p99_us": middle(alone, 1),
     }
 
 
@@ -368,7 +318,7 @@ def main() -> None:
         f"{'one by one p50':>16}{'p99 us':>9}"
     )
     for case in [case for case in chosen if case.channels == 8]:
-        found = lives[case.name] = live(case, 5 * given.seconds)
+        found = lives[case.name] = live(case, given.seconds, given.runs)
         print(
             f"{case.name:<20}{found['core_share']:>8.1%}{found['added_p50_us']:>11.1f}{found['added_p99_us']:>9.1f}"
             f"{found['alone_added_p50_us']:>16.1f}{found['alone_added_p99_us']:>9.1f}"

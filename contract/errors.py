@@ -61,6 +61,10 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
         "An input does not fit the model.", "Send the shape and datatype that the message names."
     ),
     "inference.run_failed": ErrorSpec("The model failed while running.", "See the detail."),
+    "inference.out_of_memory": ErrorSpec(
+        "The model asks for more memory than its process may take.",
+        "Ask for less at once, use a smaller model, or raise the process's limit.",
+    ),
     "inference.not_finite": ErrorSpec(
         "The model returned NaN or infinity.", "Check the input range and the quantisation."
     ),
@@ -154,6 +158,10 @@ ERRORS: Final[Mapping[str, ErrorSpec]] = {
     "trial.unhealthy": ErrorSpec("The model failed its trial.", "The last known good is back in service."),
     "trial.crashed": ErrorSpec(
         "The engine died during the trial.", "The last known good is back in service."
+    ),
+    "trial.over_memory": ErrorSpec(
+        "The engine outgrew its memory while the model was in service.",
+        "The last known good is back in service; see whether the model, or its driver, leaks.",
     ),
     "trial.superseded": ErrorSpec("Another version is wanted now.", "Nothing to do."),
     "rollback.impossible": ErrorSpec("No last known good is left to go back to.", "Roll out a good version."),

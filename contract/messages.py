@@ -195,6 +195,34 @@ class OutboxHealth(Struct, frozen=True, omit_defaults=True):
     """Records given up so far, by priority class."""
 
 
+class Bypass(Struct, frozen=True, omit_defaults=True):
+    """Somebody at the device has stopped all of its writes to controls of the plant."""
+
+    since: Micros
+    who: Label = ""
+    why: Text = ""
+
+
+class Ailing(Struct, frozen=True, omit_defaults=True):
+    """What does not do what it should: a lane, its source, its machine's state, a sink, a served pipeline."""
+
+    lane: Name
+    """Of a pipeline its own name."""
+    what: Literal["lane", "source", "machine", "sink", "pipeline"]
+    state: Label
+    """``failed`` and so on, as the device's own status has it; ``working`` where only ``lost`` speaks."""
+    sink: Label = ""
+    """The sink's name."""
+    kind: Label = ""
+    """Of the sink, for example ``mqtt``."""
+    code: ErrorCode | None = None
+    detail: Text = ""
+    waiting: Count = 0
+    """Messages that are kept until the sink takes them."""
+    lost: Count = 0
+    """Messages that nobody will get, since the sink began."""
+
+
 class Health(Struct, frozen=True, omit_defaults=True, tag="health"):
     """How the device itself is."""
 
@@ -209,6 +237,10 @@ class Health(Struct, frozen=True, omit_defaults=True, tag="health"):
     connected_s: Real | None = None
     clock_offset_s: Real | None = None
     load_1: Real | None = None
+    bypass: Bypass | None = None
+    """Set while controls are not written, by hand at the device."""
+    ailing: Annotated[tuple[Ailing, ...], Meta(max_length=MAX_LISTED)] = ()
+    """What does not work; empty where all does, or where the device does not say."""
 
 
 class ModelSummary(Struct, frozen=True, omit_defaults=True, tag="summary"):

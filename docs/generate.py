@@ -56,6 +56,12 @@ of what is left for each; when a person is away so long that nothing is left, th
 Where a model has a lane on a device, its latency and alarms are judged by the lane's windows, and what
 applications ask of it counts for errors only; where it is only served, the requests are what is judged.
 
+A machine that stands (`[lanes.machine]`, docs/lanes.md) mutes its lane. Buckets in which nothing was scored
+for that reason are no evidence: neither good nor bad, and no silence either; a device that says nothing at
+all is silent, standing machine or not. What a rest takes from the soak must be made up for: a stage grows
+when `min_coverage` of the canaries, and of the controls, have run for the shortest soak, and some of each
+run now. Until then the gate holds and says whose machines stood, and past the longest soak a person is asked.
+
 A stage without canaries passes only where canaries of this rollout serve the version. A last stage below
 100 % leaves the other devices, the hold-out among them, at the version that they have; one of 100 %
 gives the version to the hold-out when the rollout closes.

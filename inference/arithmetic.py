@@ -4,7 +4,9 @@ Engine, probe and model tools must agree on these numbers to the last bit, so
 they all call these functions; nobody writes them again.
 """
 
-from typing import Final
+import math
+from functools import lru_cache
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -36,16 +38,50 @@ _LIMITS: Final = {
 
 Floats = NDArray[np.float32]
 
+ABREAST: Final = 2**13
+"""Values of which constants by channel are held ready; numpy takes short rows one by one, and slowly."""
+
+
+class Abreast:
+    """Constants of each channel, repeated to lie beside many rows at once."""
+
+    def __init__(self, *constants: ArrayLike) -> None:
+        """Take some constants, each one number for each channel."""
+        self._constants = tuple(np.asarray(c, np.float64) for c in constants)
+        self._n = -1
+        self._shape: tuple[int, ...] = ()
+        self._repeated: tuple[NDArray[np.float64], ...] = ()
+
+    def beside(self, rows: NDArray[Any]) -> tuple[NDArray[Any], tuple[NDArray[np.float64], ...]]:
+        """Return ``rows`` (rows, channels) in another shape, and constants whose last axis fits it."""
+        n = len(rows)
+        if n != self._n:
+            width = len(self._constants[0])
+            k = max(1, n)
+            if k * width > ABREAST:
+                k = math.gcd(n, 1 << (max(1, ABREAST // width).bit_length() - 1))
+            self._n, self._shape = n, (n * width,) if k == n else (n // k, k * width)
+            self._repeated = tuple(np.tile(c, k) for c in self._constants)
+        return rows.reshape(self._shape), self._repeated
+
+
+@lru_cache(256)
+def _constant(value: float, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Return ``value`` as an array without axes, which numpy takes in half the time of a number."""
+    found = np.array(value, dtype)
+    found.setflags(write=False)
+    return found
+
 
 def normalise(samples: ArrayLike, mean: ArrayLike, scale: ArrayLike, clip: float | None) -> Floats:
     """Return (x - mean) / scale, clipped to +-``clip``; channels are the last axis.
 
     Computed in float64, since counters can be large, and rounded to float32 once.
     """
-    x = np.asarray(samples, np.float64) - np.asarray(mean, np.float64)
+    x: NDArray[np.float64] = np.subtract(samples, mean, dtype=np.float64)
     x /= np.asarray(scale, np.float64)
     if clip is not None:
-        x.clip(-clip, clip, out=x)
+        x.clip(_constant(-clip, np.float64), _constant(clip, np.float64), x)
     return x.astype(np.float32)
 
 
@@ -54,10 +90,10 @@ def quantise(x: Floats, tensor: TensorSpec) -> NDArray[np.generic]:
     dtype = DTYPES[tensor.datatype]
     if (limits := _LIMITS.get(tensor.datatype)) is None:
         return x.astype(dtype, copy=False)
-    steps = np.asarray(x / np.float32(tensor.scale or 1.0))
+    steps = np.asarray(x / _constant(tensor.scale or 1.0))
     np.rint(steps, out=steps)
-    steps += np.float32(tensor.zero_point or 0)
-    steps.clip(*limits, out=steps)
+    steps += _constant(tensor.zero_point or 0)
+    steps.clip(_constant(limits[0], steps.dtype), _constant(limits[1], steps.dtype), steps)
     return steps.astype(dtype)
 
 
@@ -72,20 +108,21 @@ def dequantise(y: NDArray[np.generic], tensor: TensorSpec, out: Floats | None = 
         values = out
         values[...] = y
     if y.dtype.kind in "iu" and tensor.scale is not None:
-        values -= np.float32(tensor.zero_point or 0)
-        values *= np.float32(tensor.scale)
+        values -= _constant(tensor.zero_point or 0)
+        values *= _constant(tensor.scale)
     return values
 
 
-def squared_errors(x: Floats, output: Floats, out: Floats | None = None) -> Floats:
+def squared_errors(x: Floats, output: Floats, *, spend: bool = False) -> Floats:
     """Return (input - output)^2, one row per window; both have the windows on their first axis.
 
-    ``out`` may be ``output`` itself, whose values are then lost.
+    ``spend`` says that they may be where ``output`` was, which nobody needs any more.
 
     ``x`` is the normalised input *before* quantisation, so that a variant's
     own rounding counts as its error, and the scores of variants compare.
     """
-    difference = np.subtract(x, output.reshape(x.shape), out=None if out is None else out.reshape(x.shape))
+    output = output.reshape(x.shape)
+    difference = np.subtract(x, output, output if spend else None)
     difference *= difference
     return difference.reshape(len(x), -1)
 
@@ -97,9 +134,9 @@ def scores(score: Score, x: Floats, output: Floats, *, spend: bool = False) -> N
     ``spend`` says that nobody needs ``output`` any more.
     """
     if score.method == "reconstruction_mse":
-        errors = squared_errors(x, output, output if spend else None)
+        errors = squared_errors(x, output, spend=spend)
         sums: NDArray[np.float64] = np.add.reduce(errors, axis=1, dtype=np.float64)
-        sums /= errors.shape[1]
+        sums /= _constant(errors.shape[1], np.float64)
         return sums
     values = output.reshape(len(x), -1)
     if values.shape[1] != 1:

@@ -7,6 +7,7 @@ others that have to open what nobody has opened before.
 
 import contextlib
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -221,6 +222,7 @@ def _converse(
         cwd="/",
         start_new_session=True,
     ) as child:
+        _free_of_ours(child.pid)
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stderr is not None
@@ -248,6 +250,13 @@ def _converse(
         finally:
             if child.poll() is None:
                 child.kill()
+
+
+def _free_of_ours(pid: int) -> None:
+    """Let a child have what this process may not: it limits itself before it opens a model."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.prlimit(pid, resource.RLIMIT_DATA, (hard, hard))
 
 
 def _keep(data: bytes, limit: int, which: str) -> bytes:

@@ -183,7 +183,8 @@ def read_file(path: Path, wanted: FileRef | None = None) -> bytes:
     limit = MAX_FILE_BYTES if wanted is None else wanted.length
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            # As much as there is, since room is made for all that is asked for.
+            content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise PitheadError(
             "package.file_missing", f"{path.name}: {error.strerror}", path=str(path)

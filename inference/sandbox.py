@@ -72,6 +72,16 @@ DRIVER_READS: Final = (
 """What a driver may read."""
 _PRCTL_ALLOWED: Final = (15, 16, 0x53564D41)
 """Set and read a thread's name, and name memory; nothing that a parent relies on."""
+_PROGRAM_FORBIDDEN: Final = (
+    "socket",
+    "io_uring_setup",
+    "ptrace",
+    "process_vm_writev",
+    "kill",
+    "bpf",
+    "keyctl",
+)
+_PROGRAM_DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full")
 _LOW_32: Final = 0xFFFFFFFF
 
 
@@ -118,6 +128,31 @@ def confine(
     return report
 
 
+def confine_program(folder: str) -> tuple[str, ...]:
+    """Confine this process and the program that it becomes: a converter of models, whose code is foreign.
+
+    It may read and start what the user may, write in ``folder`` only, and reach neither a network nor
+    another program's socket. Returns the layers that are missing here.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    missing = []
+    if not _landlock(libc, _PROGRAM_DEVICES, ["/"], [folder]):
+        missing.append("landlock")
+    try:
+        import pyseccomp  # noqa: PLC0415 - it fails to import where libseccomp is missing
+
+        rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+        for name in _PROGRAM_FORBIDDEN:
+            rules.add_rule(pyseccomp.ERRNO(1), name)
+        rules.load()
+    except (ImportError, OSError, RuntimeError):
+        missing.append("seccomp")
+    return tuple(missing)
+
+
 def _limit(memory_bytes: int, cpu_s: int, spare_files: int) -> None:
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -135,7 +170,9 @@ def _limit(memory_bytes: int, cpu_s: int, spare_files: int) -> None:
         resource.setrlimit(what, (value, value))
 
 
-def _landlock(libc: ctypes.CDLL, devices: Collection[str], readable: Collection[str]) -> int:
+def _landlock(
+    libc: ctypes.CDLL, devices: Collection[str], readable: Collection[str], whole: Collection[str] = ()
+) -> int:
     """Forbid all other paths, TCP ports, foreign abstract sockets; returns the ABI, 0 where there is none."""
     abi: int = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION)
     if abi < 1:
@@ -151,6 +188,8 @@ def _landlock(libc: ctypes.CDLL, devices: Collection[str], readable: Collection[
         return 0
     for path in readable:
         _allow(libc, ruleset, path, _READ_FILE | _READ_DIR | _EXECUTE)
+    for path in whole:
+        _allow(libc, ruleset, path, rights)
     for path in devices:
         use = _READ_FILE | _READ_DIR | _WRITE_FILE
         _allow(libc, ruleset, path, use | (_IOCTL_DEV if abi >= _IOCTL_FROM_ABI else 0))

@@ -6,15 +6,17 @@ will run it.
 
 import math
 import time
-from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from contract.errors import PitheadError
 from contract.manifest import Pipeline, Score, TensorSpec
 from inference.arithmetic import (
+    Abreast,
     Floats,
     contributions,
     dequantise,
@@ -33,8 +35,6 @@ BATCH_VALUES: Final = 2**20
 SMOOTHING: Final = 0.3
 FEATURE_VALUES: Final = 2**16
 """Samples x channels of which features are computed together."""
-SIDE_BY_SIDE: Final = 64
-"""Rows narrower than this many channels are normalised several at once."""
 
 
 class Windows(Protocol):
@@ -51,8 +51,7 @@ class Windows(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(Struct, frozen=True):
     """What became of some windows, in their order."""
 
     x: Floats
@@ -67,6 +66,8 @@ class Scored:
     """NaN where the model failed or its score is not finite."""
     run_us: NDArray[np.float64]
     """Time that each window cost; of a run over many windows, each has its equal share."""
+    model_us: float
+    """The sum of ``run_us``."""
     error: PitheadError | None
     """The last thing that went wrong."""
 
@@ -129,7 +130,6 @@ class Scorer:
         """Of what one window is in a run: without the first axis where that takes any number of windows."""
         self._step = max(1, min(BATCH, BATCH_VALUES // math.prod(row)))
         self._scratch = np.empty(0, np.float32)
-        self._side_by_side = max(1, SIDE_BY_SIDE // len(pipeline.channels))
         self.normalise_by(pipeline.mean, pipeline.scale)
         self.window_us = 0.0
         """What one window costs in the model, and in a graph before it, smoothed."""
@@ -137,8 +137,7 @@ class Scorer:
     def normalise_by(self, mean: tuple[float, ...], scale: tuple[float, ...]) -> None:
         """Take these from the next window on."""
         self._mean, self._scale = mean, scale
-        self._one = np.array([mean, scale], np.float64)
-        self._many = np.tile(self._one, self._side_by_side)
+        self._normal = Abreast(mean, scale)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -151,12 +150,16 @@ class Scorer:
         return self._scale
 
     def warm_up(self) -> None:
-        """Run once on zeros: check the output, and let the first real window not pay for lazy work."""
+        """Run on zeros: check the output, and let the first real window not pay for lazy work.
+
+        Leaves a model's variables as they were at first.
+        """
         p = self.pipeline
         x = self._featured(np.zeros((1, p.window, len(p.channels)), np.float32))
         feed, run_us = quantise(x, self._input), np.empty(1)
         self._run(feed, run_us)
         output, _, error = self._run(feed, run_us)
+        self.session.reset()
         if output is None:
             raise error or PitheadError("inference.run_failed", "the model gave no output")
         self.window_us = float(run_us[0])
@@ -177,6 +180,8 @@ class Scorer:
             x = windows.cut(values, window)
             if self._features is not None:
                 return self._featured_and_scored(x)
+            if x.size <= values.size:
+                return self._scored(x, quantise(x, self._input))
             feed = quantise(values, self._input)
             return self._scored(x, x if feed is values else windows.cut(feed, window))
 
@@ -197,7 +202,7 @@ class Scorer:
         except PitheadError as failure:
             none = np.zeros((n, *(self._features.shape if self._features else ())), np.float32)
             outputs = (None,) * -(-n // self._step)
-            return Scored(none, outputs, self._step, np.full(n, math.nan), np.zeros(n), failure)
+            return Scored(none, outputs, self._step, np.full(n, math.nan), np.zeros(n), 0.0, failure)
         self._feature_us = (time.perf_counter_ns() - began) / (1000 * n)
         broken = ~np.isfinite(x.reshape(n, -1)).all(axis=1)
         x[broken] = 0.0
@@ -221,16 +226,11 @@ class Scorer:
         return contributions(self.pipeline, errors[0])
 
     def _normalised(self, parts: tuple[NDArray[np.float64], ...]) -> Floats:
-        """Return all rows normalised; narrow ones are taken several at once, which numpy does faster."""
-        clip, side_by_side = self.pipeline.clip, self._side_by_side
+        """Return all rows normalised."""
         done: list[Floats] = []
         for rows in parts:
-            n = len(rows)
-            k = 1 if n % side_by_side else side_by_side
-            mean, scale = self._one if k == 1 else self._many
-            done.append(
-                normalise(rows if k == 1 else rows.reshape(n // k, -1), mean, scale, clip).reshape(n, -1)
-            )
+            abreast, (mean, scale) = self._normal.beside(rows)
+            done.append(normalise(abreast, mean, scale, self.pipeline.clip).reshape(rows.shape))
         return done[0] if len(done) == 1 else np.concatenate(done)
 
     def _featured(self, x: Floats) -> Floats:
@@ -245,33 +245,43 @@ class Scorer:
 
     def _scored(self, x: Floats, feed: Array) -> Scored:
         """Score ``x``; ``feed`` is the same in the datatype of the model's input."""
-        n = len(x)
-        outputs: list[Array | None] = []
-        values, run_us = np.empty(n), np.empty(n)
+        n, step = len(x), self._step
+        run_us = np.empty(n)
         error: PitheadError | None = None
-        step = self._step
-        for start in range(0, n, step):
-            some = slice(start, start + step)
-            output, failed, failure = self._run(feed[some], run_us[some])
-            error = failure or error
-            outputs.append(output)
-            if output is None:
-                values[some] = math.nan
-                continue
-            if self._scratch.size < output.size:
-                self._scratch = np.empty(output.size, np.float32)
-            real = dequantise(output, self._output, self._scratch[: output.size].reshape(output.shape))
-            values[some] = scores(self.score, x[some], real, spend=True)
-            if failed:
-                values[some][failed] = math.nan
+        outputs: tuple[Array | None, ...] = ()
+        if 0 < n <= step:
+            output, values, error = self._part(x, feed, run_us)
+            outputs = (output,)
+        else:
+            values = np.empty(n)
+            for start in range(0, n, step):
+                some = slice(start, start + step)
+                output, values[some], failure = self._part(x[some], feed[some], run_us[some])
+                outputs, error = (*outputs, output), failure or error
+        # Of one number, the sum is had without numpy, ten times as fast.
+        model_us = run_us.item() if n == 1 else float(np.add.reduce(run_us))
         if n:
-            self.window_us += SMOOTHING * (float(run_us.sum()) / n + self._feature_us - self.window_us)
+            self.window_us += SMOOTHING * (model_us / n + self._feature_us - self.window_us)
         finite = np.isfinite(values)
-        if not finite.all():
+        if (broken := n - int(np.count_nonzero(finite))) > 0:
             values[~finite] = math.nan
-            broken = n - int(np.count_nonzero(finite))
             error = error or PitheadError("inference.not_finite", f"{broken} scores are not finite")
-        return Scored(x, tuple(outputs), step, values, run_us, error)
+        return Scored(x, outputs, step, values, run_us, model_us, error)
+
+    def _part(
+        self, x: Floats, feed: Array, run_us: NDArray[np.float64]
+    ) -> tuple[Array | None, NDArray[np.float64], PitheadError | None]:
+        """Return what the model gives for some windows, their scores, and what went wrong."""
+        output, failed, error = self._run(feed, run_us)
+        if output is None:
+            return None, np.full(len(x), math.nan), error
+        if self._scratch.size < output.size:
+            self._scratch = np.empty(output.size, np.float32)
+        real = dequantise(output, self._output, self._scratch[: output.size].reshape(output.shape))
+        values = scores(self.score, x, real, spend=True)
+        if failed:
+            values[failed] = math.nan
+        return output, values, error
 
     def _run(
         self, feed: Array, run_us: NDArray[np.float64]
@@ -306,7 +316,7 @@ class Scorer:
             return None, failed, error
         for i in failed:
             parts.insert(i, np.zeros_like(parts[0]))
-        return np.stack(parts), failed, error
+        return parts[0][None] if n == 1 else np.stack(parts), failed, error
 
 
 def _completed(tensor: TensorSpec, known: tuple[TensorSpec, ...]) -> TensorSpec:

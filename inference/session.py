@@ -17,6 +17,8 @@ Array = NDArray[Any]
 
 TENSORS: Final[dict[str, DTypeLike]] = {**DTYPES, "BYTES": np.object_}
 """Numpy's name of each datatype of the Open Inference Protocol; texts are ``bytes`` objects."""
+_NO_MEMORY: Final = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory")
+"""As C++ (and so most of a runtime), ONNX Runtime's arena, and the system say it."""
 REALS: Final = frozenset(np.dtype(d) for d in (np.float16, np.float32, np.float64))
 
 
@@ -124,6 +126,17 @@ class Opener(Protocol):
         ...
 
 
+def failed(error: BaseException, otherwise: str) -> PitheadError:
+    """Return what a runtime raised as ours: ``inference.out_of_memory``, else with the code ``otherwise``.
+
+    Runtimes say it in C++'s word or in their own.
+    """
+    words = first_line(error)
+    if isinstance(error, MemoryError) or any(word in words for word in _NO_MEMORY):
+        return PitheadError("inference.out_of_memory", words)
+    return PitheadError(otherwise, words)
+
+
 class InputGate:
     """Lets inputs through that fit a model; cheap where they look like the ones before."""
 
@@ -159,6 +172,13 @@ class InputGate:
             if spec.datatype == "BYTES":
                 changed[name] = _as_text(name, array)
             else:
+                # An infinity is saturated; a NaN becomes what the processor likes, and looks like a number.
+                if np.isnan(array).any():
+                    raise PitheadError(
+                        "inference.bad_input",
+                        f"input {name!r} is quantised and was given NaN, for which it has no integer",
+                        tensor=name,
+                    )
                 changed[name] = quantise(array.astype(np.float32, copy=False), spec)
         return changed
 
@@ -235,7 +255,7 @@ def counted(nodes: Iterable[tuple[str, str]]) -> Placement:
     return Placement({name: dict(sorted(found.items())) for name, found in sorted(where.items())})
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what a runtime's exception says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:500]
 

@@ -99,6 +99,8 @@ def add_to(app: typer.Typer, console: Printer, errors: Console, leave: Exit) -> 
             require_sandbox=require_sandbox,
         )
         try:
+            if plot is not None and not plot.parent.is_dir():  # told before the work
+                raise PitheadError("config.invalid", f"--plot {plot}: {plot.parent} is no directory")  # noqa: TRY301 - one way out
             with errors.status("reading", spinner="dots") as status:
                 result = run.run(order, status.update)
             if plot is not None:

@@ -2,33 +2,45 @@
 
 Converters are large and want other versions than ours, so each runs as a
 program by itself (``models.converters``), in this interpreter or in one that
-the caller names. What loads the original runs with the caller's rights: only
-what comes out of it is treated as foreign.
+the caller names. What loads the original may run its code, so that program
+writes to a folder of ours only and reaches no network (``models.apart``), and
+what comes out of it is foreign.
 """
 
+import contextlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryFile
+from typing import IO, Any, Final
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from contract.errors import PitheadError
-from models import converters
+from models import apart, converters
 from models.optimise.worker import Model, ask
-from models.package import reference_to
+from models.package import reference_to, vacant
 from models.wrap import wrap
 
 TIMEOUT_S: Final = 900
 ATOL, RTOL = 1e-4, 1e-3
 GOLDEN_VECTORS: Final = 8
 _LAST: Final = 400
+_LONGEST: Final = 1500
+_MOST_SAID: Final = 1024 * 1024
+_CODES: Final = ("import.failed", "import.untrusted")
+_INHERITED: Final = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
 
 class Framework(Struct, frozen=True):
@@ -112,13 +124,13 @@ def bring_in(
             "import.untrusted",
             f"{path.name} is a pickle: loading it runs its code; --trust-pickle says that it may",
         )
+    directory = vacant(out / name / version)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        source = _converted(framework, path, folder, python, inputs, shapes, trusted=trusted)
-        file = folder / f"{path.stem}.onnx"
-        (folder / "model.onnx").rename(file)
-        with np.load(folder / "check.npz", allow_pickle=False) as arrays:
-            check = {key: arrays[key] for key in arrays.files}
+        source = _converted(
+            framework, path, folder, python, inputs, shapes, trusted=trusted, require_sandbox=require_sandbox
+        )
+        file, check = _brought(folder, path.stem)
         model = Model(file, reference_to(file.name, file.read_bytes()), "onnx")
         rows, found = _answers(model, check, folder, require_sandbox=require_sandbox)
         worst, share = compared([check[k] for k in check if k.startswith("out:")], list(found.values()))
@@ -129,7 +141,6 @@ def bring_in(
             )
         golden = folder / "golden.npz"
         np.savez(golden, allow_pickle=False, **{key: a[:GOLDEN_VECTORS, None] for key, a in rows.items()})
-        directory = out / name / version
         wrap(
             [file],
             directory,
@@ -146,6 +157,20 @@ def bring_in(
     return Checked(str(directory), framework.name, source, count, worst, share, given)
 
 
+def _brought(folder: Path, stem: str) -> tuple[Path, dict[str, NDArray[Any]]]:
+    """Return the converted model's file, and inputs and outputs of the original; raises ``import.failed``."""
+    made, file = folder / "model.onnx", folder / f"{stem}.onnx"
+    try:
+        made.rename(file)
+        with (folder / "check.npz").open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            check = {key: arrays[key] for key in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise PitheadError("import.failed", f"the converter left no model and answers: {error}") from error
+    if file.is_symlink() or not all(len(check.get(f"{kind}:0", ())) for kind in ("in", "out")):
+        raise PitheadError("import.failed", "the converter left a model without answers")
+    return file, check
+
+
 def _converted(
     framework: Framework,
     path: Path,
@@ -155,6 +180,7 @@ def _converted(
     shapes: Sequence[Sequence[int]],
     *,
     trusted: bool,
+    require_sandbox: bool,
 ) -> str:
     """Run the converter; returns what it says of the original."""
     request = {
@@ -165,37 +191,74 @@ def _converted(
         "trusted": trusted,
     }
     program = Path(converters.__file__).parent / f"{framework.program}.py"
-    try:
-        done = subprocess.run(
-            [python, "-I", str(program)],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except OSError as error:
-        raise PitheadError("config.invalid", f"--python {python}: {error.strerror}") from error
-    except subprocess.TimeoutExpired as error:
-        raise PitheadError("import.failed", f"the converter took more than {TIMEOUT_S} s") from error
-    try:
-        said: dict[str, str] = json.loads((done.stdout.splitlines() or [""])[-1])
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or ["no answer"])[-1][:_LAST]
-        raise PitheadError("import.failed", f"{framework.name}'s converter: {last}") from None
+    interpreter = shutil.which(python)
+    if interpreter is None:
+        raise PitheadError("config.invalid", f"--python {python} is no interpreter that is there")
+    command = [str(Path(interpreter).absolute()), "-I", str(program)]  # a link is an environment of its own
+    said = _said(_run(command, json.dumps(request), folder, require_sandbox=require_sandbox), framework)
     if said.get("code") == "import.converter_missing":
         packages = " ".join((*framework.packages, *filter(None, [said.get("also")])))
-        raise PitheadError("import.converter_missing", f"{said['detail']}; pip install {packages}")
+        raise PitheadError("import.converter_missing", f"{said.get('detail')}; pip install {packages}")
     if "code" in said:
-        raise PitheadError(said["code"], said["detail"])
-    return said["source"]
+        code = said["code"] if said["code"] in _CODES else "import.failed"
+        raise PitheadError(code, str(said.get("detail"))[:_LONGEST])
+    return str(said.get("source"))[:_LONGEST]
+
+
+def _run(command: Sequence[str], request: str, folder: Path, *, require_sandbox: bool) -> tuple[str, str]:
+    """Return what a converter wrote on standard output and standard error.
+
+    It begins with an environment that holds nothing of the caller's but where libraries are, and
+    everything that it started ends with it.
+    """
+    environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    environment |= {"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": str(folder), "TMPDIR": str(folder)}
+    strict = [apart.STRICT] if require_sandbox else []
+    command = [sys.executable, "-I", "-m", "models.apart", *strict, str(folder), *command]
+    # Files, not pipes: whatever it started may hold a pipe open for ever.
+    with TemporaryFile() as asked, TemporaryFile() as out, TemporaryFile() as err:
+        asked.write(request.encode())
+        asked.seek(0)
+        child = subprocess.Popen(
+            command, stdin=asked, stdout=out, stderr=err, env=environment, cwd=folder, start_new_session=True
+        )
+        try:
+            child.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise PitheadError("import.failed", f"the converter took more than {TIMEOUT_S} s") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        said = _end(out), _end(err)
+    if child.returncode == apart.UNCONFINED and require_sandbox:
+        raise PitheadError(
+            "probe.unconfined", "a converter cannot be confined here: Landlock or seccomp is missing"
+        )
+    return said
+
+
+def _end(file: IO[bytes]) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_SAID))
+    return file.read().decode(errors="replace")
+
+
+def _said(output: tuple[str, str], framework: Framework) -> dict[str, Any]:
+    out, err = output
+    with contextlib.suppress(ValueError, RecursionError):
+        said = json.loads((out.splitlines() or [""])[-1])
+        if isinstance(said, dict):
+            return said
+    last = (err.strip().splitlines() or ["no answer"])[-1][:_LAST]
+    raise PitheadError("import.failed", f"{framework.name}'s converter: {last}")
 
 
 def _as_npz(inputs: Path, folder: Path) -> Path:
     try:
-        loaded: Any = np.load(inputs, allow_pickle=False)
-        found = dict(loaded) if inputs.suffix == ".npz" else {"0": loaded}
-    except (OSError, ValueError, EOFError) as error:
+        with inputs.open("rb") as opened:
+            loaded: Any = np.load(opened, allow_pickle=False)
+            found = dict(loaded) if inputs.suffix == ".npz" else {"0": loaded}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise PitheadError("inference.bad_input", f"{inputs.name}: {error}") from error
     file = BytesIO()
     np.savez(file, allow_pickle=False, **found)

@@ -1,6 +1,8 @@
 """Read, check and write a model package: a directory with ``manifest.json`` and the files that it names."""
 
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -106,19 +108,46 @@ def reference_to(path: str, content: bytes) -> FileRef:
 def write(directory: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     """Write a package, replacing what is there; raises when it is not consistent.
 
-    The manifest comes last, so that a directory with one is complete.
+    A new directory appears whole or not at all. In one that is there the
+    manifest goes first and comes last, so that a directory with one is complete.
+    Raises ``config.invalid`` where it cannot be written.
     """
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
     parse_manifest(text)  # as everybody will who reads it
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    for stale in _stale(directory, contents):
-        stale.unlink()
+    try:
+        if directory.exists():
+            (directory / MANIFEST_NAME).unlink(missing_ok=True)
+            for stale in _stale(directory, contents):
+                stale.unlink()
+            _fill(directory, text, contents)
+            return
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+        try:
+            _fill(part, text, contents)
+            part.rename(directory)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise PitheadError("config.invalid", f"{directory}: {error.strerror}") from error
+
+
+def _fill(directory: Path, text: bytes, contents: Mapping[str, bytes]) -> None:
+    directory.mkdir(exist_ok=True)
     for path, content in contents.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     (directory / MANIFEST_NAME).write_bytes(text)
+
+
+def vacant(directory: Path) -> Path:
+    """Return ``directory``; raises ``config.invalid`` where a package is in it: a version is made once."""
+    if (directory / MANIFEST_NAME).exists():
+        raise PitheadError(
+            "config.invalid", f"{directory} holds a package already: give another version, or remove it"
+        )
+    return directory
 
 
 def _stale(directory: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:

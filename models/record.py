@@ -5,12 +5,10 @@
 
 import encodings.cp437
 import os
-import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Final, Literal, cast
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -18,11 +16,12 @@ from contract.errors import PitheadError
 from contract.manifest import FileRef, TensorSpec, Tolerance
 from inference import registry
 from inference.arithmetic import DTYPES
-from inference.probing import Limits, in_child
+from inference.probing import Limits
 from inference.sandbox import confine
 from inference.screening import SCREENS
 from inference.session import Array, Session
 from models import golden
+from models.conversation import answer_one, converse
 
 VECTORS: Final = 4
 LIMITS: Final = Limits(wall_s=120.0, cpu_s=100, memory_mb=4096)
@@ -57,13 +56,6 @@ class Recording(Struct, frozen=True, tag="recording"):
     tolerance: dict[str, Tolerance]
 
 
-class Failure(Struct, frozen=True, tag="failure"):
-    """Why there is no recording."""
-
-    code: str
-    detail: str
-
-
 def recorded(
     model: Path,
     file: FileRef,
@@ -82,35 +74,13 @@ def recorded(
     request = Request(
         str(model.absolute()), file, model_format, path, limits, os.getpid(), require_sandbox=require_sandbox
     )
-    answer = in_child("models.record", msgspec.msgpack.encode(request), limits, MAX_ANSWER)
-    try:
-        said = msgspec.msgpack.decode(answer, type=Recording | Failure)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise PitheadError("probe.crashed", f"{model.name}: its answer is not readable: {error}") from error
-    if isinstance(said, Failure):
-        raise PitheadError(said.code, said.detail)
+    said: Recording = converse("models.record", request, model.name, Recording, MAX_ANSWER)
     return said
 
 
 def main() -> None:
     """Answer one request."""
-    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Request)
-    # Runtimes write on standard output as they please; the answer goes where they cannot.
-    answer = os.dup(1)
-    os.dup2(2, 1)
-    said: Recording | Failure
-    try:
-        said = _record(request)
-    except PitheadError as error:
-        said = Failure(error.code, error.detail[:1500])
-    except MemoryError:
-        limit = f"more than {request.limits.memory_mb} MB of address space"
-        said = Failure("probe.over_budget", limit)
-    left = memoryview(msgspec.msgpack.encode(said))
-    while left:
-        left = left[os.write(answer, left) :]
-    # A model that was opened here is not worth a clean farewell.
-    os._exit(0)
+    answer_one(Request, _record)
 
 
 def _record(request: Request) -> Recording:

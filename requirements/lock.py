@@ -28,6 +28,8 @@ PEERS = {
 }
 """Servers that `make bench-serving` measures beside ours."""
 
+FUZZ = {"fuzz": "atheris==3.0.0\nhttptools\nmsgspec\nnumpy\nprotobuf\nzstandard\n"}
+"""`make fuzz`: the decoders and what they need, under a fuzzer."""
 CONVERTERS = {"import-scikit-learn": "scikit-learn==1.9.1\nskl2onnx==1.20.0\n"}
 """For `pithead models import`: where a framework and its converter are, with no part of Pithead."""
 
@@ -46,7 +48,7 @@ def main() -> None:
     compile_set("data", "--universal", "--no-deps", "-", stdin="river==0.26.1\n")
     compile_set("tflite-runtime", "-", stdin=TFLITE_RUNTIME)
     compile_set("openvino", "-", stdin=OPENVINO)
-    for name, wanted in (CLIENTS | PEERS | CONVERTERS).items():
+    for name, wanted in (CLIENTS | PEERS | CONVERTERS | FUZZ).items():
         compile_set(name, "-", stdin=wanted)
 
 

@@ -118,13 +118,16 @@ def judge(w: Watch, lanes: Sequence[LaneSeen], now: float, *, trial_s: float, st
     return Verdict(Judgement.GOOD) if lasted and scoring else Verdict()
 
 
-def judge_confirmed(lanes: Sequence[LaneSeen], failed_s: float, deaths: int) -> Verdict:
+def judge_confirmed(lanes: Sequence[LaneSeen], failed_s: float, deaths: int, died_of: str = "") -> Verdict:
     """Judge a version that was confirmed: bad is what keeps it from serving and does not pass.
 
-    ``failed_s`` says for how long a lane has failed, see ``ails``.
+    ``failed_s`` says for how long a lane has failed, see ``ails``; ``died_of``
+    how the last engine died, as ``code: detail``.
     """
     if deaths >= MAX_DEATHS:
-        return Verdict(Judgement.BAD, "trial.crashed", f"after its trial: {deaths} engines died of it")
+        code, _, how = died_of.partition(": ")
+        said = f"after its trial: {deaths} engines died of it" + (f"; the last one: {how}" if how else "")
+        return Verdict(Judgement.BAD, code or "trial.crashed", said)
     bad = next((lane for lane in lanes if ails(lane)), None)
     if bad is None or failed_s < LOAD_S:
         return Verdict()
@@ -148,9 +151,9 @@ def _too_late(w: Watch, now: float, trial_s: float) -> Verdict | None:
     return None
 
 
-def crashed(detail: str) -> Verdict:
-    """The engine died while the trial was in service."""
-    return Verdict(Judgement.BAD, "trial.crashed", detail)
+def crashed(detail: str, code: ErrorCode = "trial.crashed") -> Verdict:
+    """The engine died, or had to be ended, while the trial was in service."""
+    return Verdict(Judgement.BAD, code, detail)
 
 
 def _source_failed(lane: LaneSeen) -> bool:
@@ -174,6 +177,7 @@ def _lane_bad(lane: LaneSeen) -> Verdict | None:
         return Verdict(
             Judgement.BAD,
             "trial.unhealthy",
-            f"lane {lane.lane}: {lane.errors} errors in {lane.windows + lane.errors} windows",
+            f"lane {lane.lane}: {lane.errors} errors in {lane.windows + lane.errors} windows"
+            + (f", such as {lane.detail}" if lane.detail else ""),
         )
     return None

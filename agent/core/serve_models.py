@@ -1,6 +1,6 @@
-"""What ``serve.toml``, and ``[serve]`` of ``agent.toml``, may say of a served model and of who asks."""
+"""What ``serve.toml``, and ``[serve]`` of ``agent.toml``, may say of models, pipelines and who asks."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
@@ -39,3 +39,32 @@ class ServedModel(Limited, frozen=True, forbid_unknown_fields=True, omit_default
     """Requests that may wait."""
     max_wait_ms: Annotated[float, Meta(ge=0, le=3_600_000)] | None = None
     timeout_s: Annotated[float, Meta(gt=0, le=3600)] | None = None
+
+
+MAX_STEPS: Final = 32
+"""Steps that answer at once call each other: a limit to the stack."""
+
+TensorName = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class Step(Struct, frozen=True, forbid_unknown_fields=True):
+    """One model in a pipeline."""
+
+    model: TensorName
+    version: str = ""
+    """Empty: the one that is served without a version."""
+    inputs: dict[TensorName, TensorName] = {}
+    """The model's input -> the pipeline's tensor. What is left out takes the tensor of its own name."""
+    outputs: dict[TensorName, TensorName] | None = None
+    """The model's output -> the pipeline's tensor. None: all, under their own names."""
+
+
+class PipelineSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A pipeline as it is written down: ``[pipelines.<name>]``."""
+
+    inputs: Annotated[tuple[TensorName, ...], Meta(min_length=1)]
+    """Tensors that a request brings."""
+    outputs: Annotated[tuple[TensorName, ...], Meta(min_length=1)]
+    """Tensors that its answer has, in this order."""
+    steps: Annotated[tuple[Step, ...], Meta(min_length=1, max_length=MAX_STEPS)]
+    """In any order: each begins when its inputs are there, side by side where they are."""

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from agent.core import claims
 from agent.core.machine import Machine
-from agent.core.serve_models import Client, ServedModel
+from agent.core.serve_models import Client, PipelineSpec, ServedModel
 from contract.errors import PitheadError
 from contract.messages import Name
 from inference.accelerators import Custom, Resources
@@ -50,6 +51,13 @@ class Probe(Struct, frozen=True, forbid_unknown_fields=True):
     """``first`` takes the first variant that passes, and downloads no other to compare it with."""
 
 
+class Memory(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the agent's processes may take of the machine's memory."""
+
+    engine_mb: Annotated[int, Meta(ge=0, le=16_777_216)] | None = None
+    """Of the engine with all of its models. None: three quarters of the machine's; 0: no limit."""
+
+
 class LocalBroker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where a broker of the plant is, and who asks."""
 
@@ -64,6 +72,20 @@ class LocalBroker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     credentials_file: str | None = None
     """TOML with ``username`` and ``password``."""
 
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for files of TLS that would not be used."""
+        for key in ("ca_file", "certificate_file", "key_file"):
+            if getattr(self, key) is not None and not self.tls:
+                raise ValueError(f"{key} stands without tls = true: nothing would be encrypted")
+        if self.key_file is not None and self.certificate_file is None:
+            raise ValueError("key_file stands without certificate_file")
+
+
+class PlantBroker(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A broker that may be older than MQTT 5."""
+
+    protocol: Literal["5", "3.1.1"] = "5"
+
 
 class ServeMqtt(LocalBroker, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """Requests as messages on a broker of the plant: ``<prefix>/<model>``."""
@@ -71,6 +93,8 @@ class ServeMqtt(LocalBroker, frozen=True, forbid_unknown_fields=True, omit_defau
     prefix: Annotated[str, Meta(max_length=512, pattern=r"^[^/$+#\x00][^+#\x00]*[^/+#\x00]$")] = (
         "pithead/infer"
     )
+    answers: Annotated[str, Meta(max_length=512, pattern=r"^([^/$+#\x00][^+#\x00]*[^/+#\x00])?$")] = ""
+    """Response topics must be below it; empty: anywhere that the broker lets this client publish."""
     qos: Literal[0, 1, 2] = 1
     """Of the subscription; an answer goes out with its request's."""
     concurrency: Annotated[int, Meta(ge=1, le=4096)] = 32
@@ -95,6 +119,8 @@ class Serve(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     models: dict[Name, ServedModel] = {}
     clients: dict[str, Client] = {}
     """By the name of their token; ``*`` for each without a table, ``mqtt`` for all that ask by a broker."""
+    pipelines: dict[Name, PipelineSpec] = {}
+    """Graphs of the models that the fleet has put on the device."""
     mqtt: ServeMqtt | None = None
 
 
@@ -120,6 +146,7 @@ class AgentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     serve: Serve = Serve()
     engine: Resources = Resources()
     """What the device lends to its models."""
+    memory: Memory = Memory()
     accelerators: dict[Name, Custom] = {}
     """Of this device's own, or other options for one that is known (docs/accelerators.md)."""
     lanes: tuple[Lane, ...] = ()
@@ -134,6 +161,7 @@ SECTIONS: Final[dict[str, type[Struct]]] = {
     "probe": Probe,
     "serve": Serve,
     "engine": Resources,
+    "memory": Memory,
 }
 PREFIX: Final = "PITHEAD_AGENT_"
 
@@ -171,6 +199,7 @@ def parse(
     ``more_kinds`` and ``more_sinks`` name the sources and sinks of third parties; they are asked only for
     a kind that the house has not.
     """
+    _check_versions(table)
     try:
         settings = msgspec.convert(table, AgentSettings)
     except msgspec.ValidationError as error:
@@ -185,6 +214,7 @@ def parse(
         if lane.machine is not None and lane.machine.source is not None:
             _check_kind(lane.name, "machine.source", lane.machine.source, more_kinds)
         _check_sinks(lane, more_sinks)
+    _check_claims(settings.lanes)
     return settings
 
 
@@ -213,6 +243,22 @@ def _check_sinks(lane: Lane, more_sinks: Callable[[], Collection[str]]) -> None:
             )
 
 
+def _check_claims(lanes: tuple[Lane, ...]) -> None:
+    """Raise ``config.invalid`` for what two have that only one can have."""
+    taken: dict[str, str] = {}
+    for lane in lanes:
+        asides = () if lane.machine is None or lane.machine.source is None else (lane.machine.source,)
+        read = [claim for table in (lane.source, *asides) for claim in claims.of_client(table)]
+        for claim in [*read, *(claim for sink in lane.sinks for claim in claims.of_sink(sink))]:
+            if claim in taken:
+                raise PitheadError(
+                    "config.invalid",
+                    f"agent.toml: lane {lane.name!r} has {claim}, and so has lane {taken[claim]!r}",
+                    key="lanes",
+                )
+            taken[claim] = lane.name
+
+
 def _check_serve(serve: Serve) -> None:
     """Raise ``config.invalid`` for what would serve everybody, or not at all."""
     loopback = serve.host in {"localhost", "::1"} or serve.host.startswith("127.")
@@ -225,6 +271,36 @@ def _check_serve(serve: Serve) -> None:
         raise _refuse(missing, "a certificate needs its key, and a key its certificate")
     if serve.grpc_port == serve.http_port != 0:
         raise _refuse("grpc_port", f"{serve.grpc_port} is the http_port too")
+    for name, pipeline in serve.pipelines.items():
+        for place, step in enumerate(pipeline.steps):
+            key = f"pipelines.{name}.steps[{place}]"
+            if step.version:
+                raise _refuse(f"{key}.version", "versions are the fleet's to choose")
+            if step.model in serve.pipelines:
+                raise _refuse(f"{key}.model", f"{step.model!r} is a pipeline itself; steps are models")
+
+
+STEERS: Final = ("split", "shadow", "bandit", "versions")
+"""What ``serve.toml`` of a server without a fleet may say of a model, and a device may not."""
+
+
+def _check_versions(table: object) -> None:
+    """Raise ``config.invalid`` for what would choose between versions of a model on a device."""
+    models = _below(_below(table, "serve"), "models")
+    for name in models:
+        if found := next((key for key in STEERS if key in _below(models, name)), None):
+            raise _refuse(
+                f"models.{name}.{found}",
+                "a device serves one version of each model, the one that its fleet has activated, so there "
+                "is nothing to choose or to compare here. Rollouts compare versions over devices "
+                "(docs/rollouts.md); a server without a fleet has this in serve.toml",
+            )
+
+
+def _below(table: object, key: str) -> Mapping[str, object]:
+    """Return a table of a table, empty where there is none: what is no table is refused later."""
+    found = table.get(key) if isinstance(table, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _refuse(key: str, why: str) -> PitheadError:

@@ -86,7 +86,9 @@ class Slots(Struct, frozen=True, omit_defaults=True):
     trial_starts: Count = 0
     """Engine processes started since the trial began."""
     deaths: Count = 0
-    """Engines that died of ``active``, each within a short life."""
+    """Engines that died of ``active``, each within a short life, or of too much memory."""
+    died_of: Text = ""
+    """How the last of them died: a code and, after a colon, its detail."""
     standby: Installed | None = None
     last_good: Installed | None = None
     rejected: tuple[Rejected, ...] = ()
@@ -149,6 +151,7 @@ def confirm(slots: Slots, now: int = 0) -> Slots:
         trial=None,
         trial_starts=0,
         deaths=0,
+        died_of="",
         last_good=active.installed if active is not None and another else slots.last_good,
     )
 
@@ -175,7 +178,7 @@ def fall_back(slots: Slots, rejected: Rejected) -> Slots:
     last = slots.last_good
     if last is None:
         return slots
-    back = msgspec.structs.replace(slots, active=Serving(last), last_good=None, deaths=0)
+    back = msgspec.structs.replace(slots, active=Serving(last), last_good=None, deaths=0, died_of="")
     return reject(back, rejected)
 
 
@@ -205,9 +208,9 @@ def again(slots: Slots) -> Slots:
     return msgspec.structs.replace(slots, trial_starts=slots.trial_starts + 1)
 
 
-def died(slots: Slots, *, soon: bool) -> Slots:
+def died(slots: Slots, *, soon: bool, of: str = "") -> Slots:
     """Count an engine that died of the active version; one that lived long begins a new count."""
-    return msgspec.structs.replace(slots, deaths=slots.deaths + 1 if soon else 1)
+    return msgspec.structs.replace(slots, deaths=slots.deaths + 1 if soon else 1, died_of=of[:500])
 
 
 def aftermath(slots: Slots) -> Aftermath:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from agent.engine import memory
 from agent.engine.clock import Clock
 from agent.engine.server import Server
 from contract.errors import PitheadError
@@ -39,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m agent.engine", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on")
     parser.add_argument("--cpus", metavar="N,N", default="", help="processors to run on; default: all")
+    parser.add_argument("--memory", metavar="BYTES", type=int, default=0, help="to hold at most; 0: no limit")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     arguments = parser.parse_args()
     handler = logging.StreamHandler(sys.stderr)
@@ -48,6 +50,7 @@ def main() -> int:
     # Before there are other threads: they inherit it.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, {int(n) for n in arguments.cpus.split(",") if n} or os.sched_getaffinity(0))
+    memory.keep_within(arguments.memory)
     clock = Clock(wall=lambda: time.time_ns() // 1000, mono=lambda: time.monotonic_ns() // 1000)
     try:
         server = Server(arguments.socket, clock, installed())

@@ -23,7 +23,7 @@ from contract.manifest import Channel, Pipeline
 ROWS_AT_ONCE: Final = 1024
 SHOW_US: Final = 500_000
 SLOW: Final = 0.9
-"""Of the wanted rate; a source below it is too slow."""
+"""Of the wanted rate; a source below it is too slow, and above its inverse too fast."""
 
 
 class ChannelSeen(Struct, frozen=True):
@@ -90,7 +90,16 @@ class SourceSeen(Struct, frozen=True):
         """Whether a model can work with it."""
         machine_ok = self.machine is None or self.machine.result == "ok"
         fine = machine_ok and all(c.result == "ok" for c in self.channels)
-        return self.code is None and self.rows > 0 and fine
+        return self.code is None and self.rows > 0 and fine and not self.pace
+
+    @property
+    def pace(self) -> str:
+        """What is wrong with the rate; empty where nothing is, or nothing is known."""
+        if self.rate_hz is None or self.wanted_hz is None or self.kind == "images":
+            return ""
+        if self.rate_hz < SLOW * self.wanted_hz:
+            return "TOO SLOW"
+        return "TOO FAST" if self.rate_hz > self.wanted_hz / SLOW else ""
 
 
 class Tally:
@@ -101,6 +110,8 @@ class Tally:
         rate = table.get("rate_hz")
         self._lane, self._kind = lane, str(table.get("kind"))
         self._wanted = float(rate) if isinstance(rate, int | float) else pipeline.sample_rate_hz
+        if self._wanted is not None and isinstance(speed := table.get("speed"), int | float):
+            self._wanted *= speed  # a recording may be played faster than it was made
         self._channels = [
             ChannelSeen(c.name, c.unit, minimum=c.minimum, maximum=c.maximum) for c in pipeline.channels
         ]
@@ -264,8 +275,8 @@ def _head(seen: SourceSeen) -> str:
     parts = [f"lane {seen.lane}: {seen.kind}, {seen.rows} rows in {seen.seconds:g} s"]
     if seen.rate_hz is not None:
         parts.append(f"{seen.rate_hz:g} a second")
-        if seen.wanted_hz is not None and seen.rate_hz < SLOW * seen.wanted_hz:
-            parts.append(f"TOO SLOW, the model wants {seen.wanted_hz:g}")
+        if seen.pace:
+            parts.append(f"{seen.pace}, the model wants {seen.wanted_hz:g}")
     if seen.lost:
         parts.append(f"{seen.lost} lost")
     if seen.gaps:

@@ -76,7 +76,7 @@ class Feed:
         except PitheadError as error:
             self._failed(error)
             return None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("source.broke", extra={"facts": {"lane": self._lane}})
             self._failed(PitheadError("source.failed", f"{type(error).__name__}: {error}"))
             return None
@@ -110,10 +110,15 @@ class Feed:
         return 0 if self._source is None else self._source.backlog()
 
     def close(self) -> None:
-        """Give the source back."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        """Give the source back; one that complains is let go all the same."""
+        source, self._source = self._source, None
+        if source is None:
+            return
+        try:
+            source.close()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's source may raise anything
+            facts = {"lane": self._lane, "detail": f"{type(error).__name__}: {error}"}
+            log.warning("source.not_closed", extra={"facts": facts})
 
     def _failed(self, error: PitheadError) -> None:
         self.close()

@@ -18,7 +18,6 @@ from typing import Final
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from agent.engine.clock import Clock
 from agent.engine.feed import Feed, needs
@@ -28,6 +27,7 @@ from agent.engine.outlet import Outlet
 from agent.engine.report import Reporter
 from agent.engine.sinks.tray import Tray
 from agent.engine.sources.base import TICK_S, Batch
+from agent.engine.summary import latencies
 from agent.ports import FitResult, Fitted, LaneSpec, LaneState
 from contract.errors import PitheadError
 from inference.scoring import BATCH
@@ -148,7 +148,8 @@ class Lane:
                 self._broken = None
             except Exception as error:
                 log.exception("lane.failed", extra={"facts": {"lane": self.name}})
-                self._broken = PitheadError("internal.error", f"{type(error).__name__}: {error}")
+                code = "inference.out_of_memory" if isinstance(error, MemoryError) else "internal.error"
+                self._broken = PitheadError(code, f"{type(error).__name__}: {error}")
                 self._report.state(self._state(self._wanted))
                 self._wake.wait(LONGEST_PAUSE_S)
         self._machine.close()
@@ -326,7 +327,7 @@ class Lane:
         if self._fitting or served.calibration is None:
             return
         if self._serving is None:
-            self._report.missing(batch.lost + int((~usable).sum()))
+            self._report.left_out(batch.lost + windows.unusable)
         served.calibration.add(windows)
         if served.calibration.complete:
             self._fitting = True
@@ -335,17 +336,15 @@ class Lane:
     def _score(self, served: Served, batch: Batch, judged: Judged = UNJUDGED) -> None:
         began = self._clock.mono()
         usable = served.bounds.usable(batch.values)
-        self._report.missing(batch.lost + len(usable) - int(np.count_nonzero(usable)))
         windows = served.windower.push(batch.values, usable, continues=batch.continues, muted=judged.muted)
-        self._report.muted(windows.muted)
+        self._report.left_out(batch.lost + windows.unusable, windows.muted)
         n = len(windows.starts)
         if not n:
             return
-        latency: NDArray[np.float64] = np.subtract(self._clock.wall() - GATHER_US, batch.t[windows.ends])
-        np.maximum(latency, 0.0, out=latency)
+        gathered = self._clock.wall() - GATHER_US
         scored = served.scorer.run(windows)
-        latency += scored.run_us
-        latency += max(0.0, self._clock.mono() - began - float(np.add.reduce(scored.run_us))) / n
+        around = max(0.0, self._clock.mono() - began - scored.model_us) / n
+        latency = latencies(gathered, batch.t[windows.ends], scored.run_us, around)
         served.windows += n
         if scored.error is not None:
             failed = n - int(np.count_nonzero(scored.good))

@@ -36,6 +36,10 @@ LONG_AGO: Final = -(2**62)
 MOST_KEPT: Final = 4096
 """States of a source of their own that wait for the rows of their time."""
 AT_ONCE: Final = 1024
+LOOKS: Final = 16
+"""Batches of states that are taken before the rows; a source that always has one must not hold the lane."""
+JUMP_US: Final = 1_000_000
+"""States that come in order are never so far back: the clock was set back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +274,10 @@ class MachineFeed:
     # ---- a source of the state alone
 
     def _look_aside(self, table: Table, marks: Marks) -> None:
-        while (batch := self._aside.poll(table, sources.NOTHING, AT_ONCE, marks)) is not None and len(
-            batch.t
-        ):
+        for _ in range(LOOKS):
+            batch = self._aside.poll(table, sources.NOTHING, AT_ONCE, marks)
+            if batch is None or not len(batch.t):
+                break
             assert batch.marks is not None
             for t, values in zip(batch.t.tolist(), batch.marks.tolist(), strict=True):
                 self._keep(t, tuple(values))
@@ -282,6 +287,8 @@ class MachineFeed:
 
     def _keep(self, t: int, values: tuple[float, ...]) -> None:
         """Remember a change; what repeats the one before says nothing new."""
+        if self._kept and self._kept[-1][0] - t > JUMP_US:
+            self._kept = deque((min(at, t), kept) for at, kept in self._kept)
         if self._kept and str(self._kept[-1][1]) == str(values):  # so that NaN is equal to NaN
             return
         self._kept.append((max(t, self._kept[-1][0]) if self._kept else t, values))

@@ -52,7 +52,7 @@ def _load(group: str, what: str, kind: str) -> Any:
         raise PitheadError(broken, f"{what} {kind!r} is in several distributions: {makers}")
     try:
         module = points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         detail = f"{what} {kind!r} of {makers}: {type(error).__name__}: {error}"
         raise PitheadError(broken, detail) from error
     if not callable(getattr(module, f"open_{what}", None)):

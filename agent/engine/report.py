@@ -63,9 +63,9 @@ class Reporter:
             bucket.add(scored.scores[good], latency_us[good])
         judged = self.alarms(served, windows, scored)
         self._sinks.scored(served, batch, windows, scored, judged)
-        alarms = judged.nonzero()[0]
-        if not len(alarms):
+        if not np.count_nonzero(judged):
             return
+        alarms = judged.nonzero()[0]
         bucket.alarms += len(alarms)
         sent = self._tokens.take(self._clock.mono(), len(alarms))
         anomalies: list[Anomaly | ModelSummary] = [
@@ -80,12 +80,9 @@ class Reporter:
         """Return which windows are alarms; what has no score is not above the threshold."""
         return served.debounce.alarms(scored.scores > served.threshold, windows.ordinals)
 
-    def missing(self, samples: int) -> None:
-        """Count samples that did not come or cannot be used."""
+    def left_out(self, samples: int, windows: int = 0) -> None:
+        """Count samples that did not come or cannot be used, and windows that are muted."""
         self._bucket.missing += samples
-
-    def muted(self, windows: int) -> None:
-        """Count windows that were left out because the machine does not run."""
         self._bucket.muted += windows
 
     def tick(self, wanted: LaneSpec, serving: Served | None, bucket_s: float, queue: int) -> None:

@@ -119,6 +119,19 @@ class Bucket:
         )
 
 
+def latencies(
+    gathered: float, t: NDArray[np.int64], run_us: NDArray[np.float64], around: float
+) -> NDArray[np.float64]:
+    """Return the latency of windows that ended at ``t``; what came before ``gathered`` lay too long."""
+    if len(t) == 1:  # which needs no numpy
+        return np.array([max(0.0, gathered - t.item()) + around + run_us.item()])
+    found: NDArray[np.float64] = np.subtract(gathered, t)
+    np.maximum(found, 0.0, out=found)
+    found += around
+    found += run_us
+    return found
+
+
 def bucket_start(now: Micros, bucket_s: float) -> Micros:
     """Return the multiple of ``bucket_s`` at or before ``now``."""
     width = round(bucket_s * 1_000_000)

@@ -4,6 +4,7 @@ Needs neither supervisor nor control plane: the engine's sinks look for the
 file before each write (``agent.engine.sinks.bypass``).
 """
 
+import contextlib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from agent.store import durable
+from contract.errors import PitheadError
 
 
 class Bypass(Struct, frozen=True):
@@ -22,10 +24,20 @@ class Bypass(Struct, frozen=True):
 
 
 def switch_on(path: Path, now: datetime, who: str, why: str) -> None:
-    """Stop the writes, durably. One that is on already stays as it is. Raises ``storage.*``."""
-    if read(path) is None:
-        since = now.astimezone(UTC).isoformat(timespec="seconds")
+    """Stop the writes, durably. One that is on already stays as it is. Raises ``storage.*``.
+
+    On a full disk there is often room for an empty file still, and that stops them too.
+    """
+    if read(path) is not None:
+        return
+    since = now.astimezone(UTC).isoformat(timespec="seconds")
+    try:
         durable.write(path, msgspec.json.encode(Bypass(since, who, why)))
+    except PitheadError:
+        with contextlib.suppress(OSError):
+            path.touch()
+        if read(path) is None:
+            raise
 
 
 def switch_off(path: Path) -> None:
@@ -41,6 +53,19 @@ def read(path: Path) -> Bypass | None:
         return None
     except (OSError, msgspec.MsgspecError):
         return Bypass()
+
+
+def since_us(found: Bypass, path: Path) -> int:
+    """Return since when it is on, microseconds UTC: as it says, else as old as its file is; 0 if unknown."""
+    try:
+        since = datetime.fromisoformat(found.since)
+        seconds = (since if since.tzinfo is not None else since.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        try:
+            seconds = path.lstat().st_mtime
+        except OSError:
+            return 0
+    return max(0, round(seconds * 1e6))
 
 
 def render(found: Bypass | None) -> str:

@@ -18,6 +18,7 @@ from agent.identity import certificates, record
 from agent.identity.record import Identity
 from agent.link.https import UpdateServer
 from agent.service import bypass
+from agent.service.exposed import exposed, missing
 from agent.service.status import is_locked
 from contract.errors import PitheadError
 from inference import registry
@@ -57,6 +58,10 @@ def examine(around: Surroundings) -> Iterator[Finding]:
     yield _runtimes()
     yield _sandbox(around.settings)
     yield from _lanes(around.settings)
+    for detail in missing(around.settings):
+        yield Finding("files", "failed", detail, "put it there, or correct its name in agent.toml")
+    for detail, remedy in exposed(around.settings):
+        yield Finding("secrets", "warning", detail, remedy)
     if (found := bypass.read(around.layout.bypass)) is not None:
         yield Finding("bypass", "warning", bypass.render(found), "pithead-agent bypass off")
     yield _clock(around.now)

@@ -45,11 +45,22 @@ class EngineKeeper:
     """One thread that connects to the engine, starts one when none answers, and reads what it says."""
 
     def __init__(
-        self, layout: Layout, post: Post, *, fraction: Callable[[], float], cpus: Sequence[int] = ()
+        self,
+        layout: Layout,
+        post: Post,
+        *,
+        fraction: Callable[[], float],
+        cpus: Sequence[int] = (),
+        memory_bytes: int = 0,
     ) -> None:
-        """``cpus`` are those that a new engine runs on; all, where none is named."""
+        """``cpus`` are those that a new engine runs on; all, where none is named.
+
+        ``memory_bytes`` is what an engine may hold; 0: as much as it likes.
+        """
         self.layout = layout
         self._cpus = cpus
+        self.memory_bytes = memory_bytes
+        self._ended = ""
         self._post = post
         self._fraction = fraction
         self._leaving = threading.Event()
@@ -109,6 +120,10 @@ class EngineKeeper:
         """End an engine that hangs; a new one is started."""
         log.error("engine.killed", extra={"facts": {"pid": self._engine_pid()}})
         self._signal(signal.SIGKILL)
+
+    def retire(self) -> None:
+        """Ask the engine to end in good order; a new one is started."""
+        self._signal(signal.SIGTERM)
 
     def leave(self, *, keep_engine: bool) -> None:
         """Start no engine any more, and ask the present one to end unless it shall go on alone.
@@ -171,10 +186,12 @@ class EngineKeeper:
             log.exception("engine.not_started", extra={"facts": {"detail": str(error)}})
             return None
         log.info("engine.spawned", extra={"facts": {"pid": self._child.pid}})
-        self._post(EngineStarted(self._child.pid))
+        self._post(EngineStarted(self._child.pid, self._ended))
+        self._ended = ""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and not self._leaving.wait(POLL_S):
             if self._child.poll() is not None:
+                self._ended = how_it_ended(self._child.returncode)
                 log.error(
                     "engine.died_at_start",
                     extra={"facts": {"status": self._child.returncode, "log": str(self.layout.engine_log)}},
@@ -193,6 +210,8 @@ class EngineKeeper:
         command = [sys.executable, "-P", "-m", "agent.engine", "--socket", str(self.layout.engine_socket)]
         if self._cpus:
             command += ["--cpus", ",".join(map(str, self._cpus))]
+        if self.memory_bytes:
+            command += ["--memory", str(self.memory_bytes)]
         with path.open("ab") as output:
             return subprocess.Popen(
                 command,
@@ -244,6 +263,7 @@ class EngineKeeper:
         if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self._child.wait(0.2)
+        self._ended = how_it_ended(status)
         log.warning("engine.lost", extra={"facts": {"detail": detail, "status": status}})
         self._failures += 1
         if self._failures > 1:
@@ -275,6 +295,15 @@ class EngineKeeper:
         if pid is not None:
             log.error("engine.killed", extra={"facts": {"pid": pid}})
             self._signal(signal.SIGKILL)
+
+
+def how_it_ended(status: int | None) -> str:
+    """Return what an exit status says, in words; empty where there is none."""
+    if status is None or status >= 0:
+        return "" if status is None else f"ended with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    # Nobody else here sends it: what is killed for hanging has another reason already.
+    return f"died of {name}" + (", as the kernel ends it where memory is short" if name == "SIGKILL" else "")
 
 
 def is_engine(pid: int) -> bool:

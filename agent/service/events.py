@@ -16,6 +16,8 @@ class EngineStarted(Struct, frozen=True):
     """A new engine process was started, since none answered."""
 
     pid: int
+    ended: str = ""
+    """How the one before it ended, as far as that is known: ``died of SIGSEGV``."""
 
 
 class EngineSaid(Struct, frozen=True):

@@ -8,6 +8,8 @@ from msgspec import Struct
 
 from agent.core import health, slots
 from agent.core.blame import SOON_S, Suspect
+from agent.core.memory import Scales
+from agent.engine import memory
 from agent.ports import Configure, Fitted, Hello, LaneState, ModelSpec, Product, ServeState, Stored
 from agent.service import events
 from agent.service.engine_process import EngineKeeper
@@ -20,13 +22,20 @@ log = logging.getLogger(__name__)
 MOST_UNSTORED: Final = 5000
 """Products in memory while the disk takes none; beyond, the engine keeps them."""
 STORE_AGAIN_S: Final = 1.0
+WEIGH_S: Final = 1.0
+RETIRE_S: Final = 10.0
+"""An engine that was asked to end is killed after this."""
+MINE: Final = 0.5
+"""Who came when the engine held more than this share of what it holds now is not why it does."""
 
 
 class Loss(Struct, frozen=True):
     """How an engine was when it was heard last."""
 
     suspects: frozenset[Suspect]
+    code: str
     detail: str
+    """Empty where only the engine's end can tell."""
     soon: bool
     """It had not lived long."""
 
@@ -47,6 +56,12 @@ class Intake:
         self._configured_at = 0.0
         self._hanging: frozenset[Suspect] = frozenset()
         """Sessions for whose silence the engine is being killed."""
+        self._scales = Scales(engine.memory_bytes)
+        self._weighed_at = 0.0
+        self._weights: dict[Suspect, int] = {}
+        """What the engine held when each session was first asked for."""
+        self._outgrown = ""
+        self._outgrown_at = 0.0
         self._lost: Loss | None = None
         """What was at work when the connection ended; counts if the engine turns out to be dead."""
         self._products: list[Product] = []
@@ -63,35 +78,66 @@ class Intake:
         """Whether the connection is gone."""
         return self._connection == 0
 
-    def started(self) -> None:
-        """Note that a new engine process begins: one that was heard before has died. Raises ``storage.*``."""
+    def started(self, ended: str = "") -> None:
+        """Note that a new engine process begins: one that was heard before has died. Raises ``storage.*``.
+
+        ``ended`` says how.
+        """
         self.starts += 1
         self._fresh = True
         self._hello = None
         lost, self._lost = self._lost, None
         if lost is not None:
-            self._world.engine_died(lost.suspects, lost.detail, soon=lost.soon)
+            detail = lost.detail or f"the engine {ended or 'died'} while the version was in service"
+            self._world.engine_died(lost.suspects, health.crashed(detail, lost.code), soon=lost.soon)
 
     def lost(self, event: events.EngineLost) -> None:
         """Note that the engine cannot be heard, and what was at work in it; it may go on all the same."""
         if event.connection != self._connection:
             return
-        detail = "the engine died while the version was in service"
+        code, detail = "trial.crashed", ""
         said = [*self._world.lanes.values(), *(self._world.serve.models if self._world.serve else ())]
         suspects = _at_work(_models(self._configured), said)
         if self._hanging:
             detail, suspects = f"its threads said nothing for {health.SILENT_S:.0f} s", self._hanging
+        elif self._outgrown:
+            code, detail = "trial.over_memory", f"the engine was ended: {self._outgrown}"
+            suspects = self._heavy(suspects)
         age_s = 0.0 if self._hello is None else self._now() - self._hello.started_mono_us / 1e6
-        self._lost = Loss(suspects, detail, soon=age_s < SOON_S)
+        # A leak takes its time: how long an engine lived says nothing of it.
+        self._lost = Loss(suspects, code, detail, soon=bool(self._outgrown) or age_s < SOON_S)
+        self._weights, self._outgrown = {}, ""
+        self._scales.forget()
         self._connection, self._configured, self._hanging = 0, None, frozenset()
         self._world.forget_lanes()
+
+    def weigh(self) -> None:
+        """End an engine that holds more memory than it may: in good order, since all else of it works."""
+        now, pid = self._now(), self._engine.pid
+        if self._connection == 0 or pid is None or now - self._weighed_at < WEIGH_S:
+            return
+        self._weighed_at = now
+        if self._outgrown:
+            if now - self._outgrown_at > RETIRE_S:
+                self._engine.kill()
+            return
+        self._outgrown = self._scales.outgrown(memory.held(pid), now)
+        if self._outgrown:
+            self._outgrown_at = now
+            log.error("engine.outgrown", extra={"facts": {"pid": pid, "detail": self._outgrown}})
+            self._engine.retire()
+
+    def _heavy(self, suspects: frozenset[Suspect]) -> frozenset[Suspect]:
+        """Return those since whose coming the engine has grown most; all, where that is none."""
+        light = self._scales.held * MINE
+        return frozenset(s for s in suspects if self._weights.get(s, 0) <= light) or suspects
 
     def watch(self) -> None:
         """Kill an engine of which a lane, or serving, hangs: its thread is stuck in a model."""
         if self._engine.paused:
             self._world.heard = dict.fromkeys(self._world.heard, self._now())
             self._world.serve_heard = self._now()
-        if self._connection == 0 or self._configured is None or self._engine.paused:
+        if self._connection == 0 or self._configured is None or self._engine.paused or self._outgrown:
             self._configured_at = self._now()
             return
         since = self._now() - health.SILENT_S
@@ -167,6 +213,8 @@ class Intake:
             self._count_start(wanted)
         if self._engine.send(wanted):
             self._configured, self._configured_at = wanted, self._now()
+            asked = set(map(_suspect, _models(wanted)))
+            self._weights = {s: self._weights.get(s, self._scales.held) for s in asked}
 
     def _greeted(self, connection: int, hello: Hello) -> None:
         before = self._hello

@@ -38,6 +38,8 @@ QUIET: Final = (mqtt.Published, Ack)
 MOST_EVENTS: Final = 2000
 COLLECT_S: Final = 60.0
 SNAPSHOT_S: Final = 1.0
+NEWS_S: Final = 2.0
+"""Health that says of something new is sent before its time, but not more often than this."""
 REFUSED_AGAIN_S: Final = 60.0
 """After this a bundle that was refused is judged once more."""
 ROUNDS: Final = 4
@@ -91,6 +93,7 @@ class Supervisor:
         self._idle = False
         self._plan_at = 0.0
         self._health_at = 0.0
+        self._news_at = 0.0
         self._snapshot_at = 0.0
         self._collect_at = 0.0
         self._collect = True
@@ -174,7 +177,7 @@ class Supervisor:
             case events.EngineSaid():
                 self._intake.said(event)
             case events.EngineStarted():
-                self._intake.started()
+                self._intake.started(event.ended)
             case events.EngineLost():
                 self._intake.lost(event)
             case events.Fetched():
@@ -279,6 +282,7 @@ class Supervisor:
                 break
             self._collect, self._snapshot_at = True, 0.0
         self._intake.watch()
+        self._intake.weigh()
         self._intake.configure()
         self._reporter.reported(self._observed)
 
@@ -305,9 +309,9 @@ class Supervisor:
 
     def _send_health(self) -> None:
         now = self._now()
-        if now < self._health_at:
+        if now < self._health_at and (now < self._news_at or not self._reporter.has_news()):
             return
-        self._health_at = now + self._world.reporting.health_s
+        self._health_at, self._news_at = now + self._world.reporting.health_s, now + NEWS_S
         self._reporter.health(
             engine_pid=self._parts.engine.pid,
             engine_restarts=max(0, self._intake.starts - 1),

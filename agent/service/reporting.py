@@ -12,12 +12,15 @@ from agent.core import plan, slots
 from agent.core.slots import Installed, Slots
 from agent.core.standing import Standing, news, standing
 from agent.service import vitals
+from agent.service.ailing import Signature, ailing, signature, told
 from agent.service.world import World
 from agent.store.outbox import Entry, Outbox
 from contract.errors import PitheadError
 from contract.messages import (
+    Ailing,
     AssignmentState,
     Body,
+    Bypass,
     ErrorCode,
     Health,
     Micros,
@@ -64,6 +67,8 @@ class Reporter:
         self._owed: list[Entry] = []
         """Receipts of steps that were executed and whose append failed."""
         self._cpu = vitals.CpuMeter()
+        self._signed: Signature = (False, frozenset())
+        """What the last health said of trouble."""
 
     def entry(self, priority: PriorityClass, body: Body) -> Entry:
         """Return a record of now."""
@@ -172,7 +177,8 @@ class Reporter:
         connected_s: float | None,
         clock_offset_s: float | None,
     ) -> None:
-        """Send how the device itself is."""
+        """Send how the device itself is. Raises ``storage.*``."""
+        stopped, found = self._trouble_now()
         health = Health(
             uptime_s=round(self._clock.seconds() - self._started, 3),
             cpu_percent=self._cpu.percent(),
@@ -185,8 +191,19 @@ class Reporter:
             connected_s=connected_s,
             clock_offset_s=clock_offset_s,
             load_1=vitals.load_1(),
+            bypass=stopped,
+            ailing=found,
         )
         self._outbox.append([self.entry(PriorityClass.HEALTH, health)])
+        self._signed = signature(stopped, found)
+
+    def has_news(self) -> bool:
+        """Whether something began or ceased to ail, or to be bypassed, since health was sent last."""
+        return signature(*self._trouble_now()) != self._signed
+
+    def _trouble_now(self) -> tuple[Bypass | None, tuple[Ailing, ...]]:
+        world = self._world
+        return told(world.layout.bypass), ailing(world.lanes.values(), world.serve)
 
     def _model(self, seen: plan.Observed, goal: plan.Goal) -> ReportedModel:
         found = seen.slots

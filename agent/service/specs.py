@@ -55,7 +55,7 @@ def lane_seen(
         state="silent" if silent and state.state != "failed" else state.state,
         serves=serves,
         code=state.code if failed else None,
-        detail=state.detail,
+        detail=state.detail if failed or state.code is None else f"{state.code}: {state.detail}"[:1500],
         windows=state.windows,
         errors=state.errors,
         source_works=source_works,

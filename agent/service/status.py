@@ -182,6 +182,9 @@ def _render_serve(serve: ServeState) -> list[str]:
     lines = [f"serving     {serve.state} {where}".rstrip() + why]
     if serve.mqtt != "off":
         lines.append(f"            MQTT {serve.mqtt} {serve.mqtt_detail}".rstrip())
+    for each in serve.pipelines:
+        said = f"cannot be asked: {each.detail}" if each.detail else f"{each.requests} requests"
+        lines.append(f"            pipeline {each.name} {said}, {each.errors} errors")
     return lines
 
 

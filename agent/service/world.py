@@ -84,7 +84,7 @@ class World:
         """Variants that passed, while others may be cheaper. Lost with the process, and measured anew."""
         self.troubles: dict[Sha256, tuple[ErrorCode, str]] = {}
         """Errors that will be tried again, by digest."""
-        self._crashed: dict[Name, tuple[Serving, str]] = {}
+        self._crashed: dict[Name, tuple[Serving, health.Verdict]] = {}
         """Trials that were in service when the engine died, and how."""
         self._works: set[str] = set()
         """Lanes whose source has given rows that were scored."""
@@ -199,15 +199,16 @@ class World:
         last = None if found.last_good is None else Serving(found.last_good)
         return next((s for s in (found.serving, found.active, last) if s and self.intact(s.installed)), None)
 
-    def engine_died(self, suspects: Collection[Suspect], detail: str, *, soon: bool) -> None:
+    def engine_died(self, suspects: Collection[Suspect], how: health.Verdict, *, soon: bool) -> None:
         """Charge whoever is to blame, a confirmed version durably. Raises ``storage.*``."""
         verdict = blame.sentence(self.slots.all(), suspects)
         if verdict.crashed is not None:
             trial = self.slots.get(verdict.crashed).trial
             if trial is not None:
-                self._crashed[verdict.crashed] = (trial, detail)
+                self._crashed[verdict.crashed] = (trial, how)
         if verdict.charged is not None:
-            self.slots.save(slots.died(self.slots.get(verdict.charged), soon=soon))
+            of = f"{how.code}: {how.detail}"
+            self.slots.save(slots.died(self.slots.get(verdict.charged), soon=soon, of=of))
 
     def fitted(self, lane: str, digest: Sha256, fit: FitResult) -> None:
         """Keep a calibration, durably."""
@@ -320,7 +321,7 @@ class World:
         self._failing.pop(name, None)
         crashed = self._crashed.get(name)
         if crashed is not None and crashed[0] == trial:
-            return health.crashed(crashed[1])
+            return crashed[1]
         before = self._watches.get(name)
         lanes = self._lanes_seen(name, trial, now)
         seen = health.watch(before[1] if before is not None and before[0] == trial else None, lanes, now)
@@ -340,7 +341,7 @@ class World:
             self._failing.pop(name)
             before = None
         failed_s = 0.0 if before is None else now - before[1]
-        return health.judge_confirmed(lanes, failed_s, found.deaths)
+        return health.judge_confirmed(lanes, failed_s, found.deaths, found.died_of)
 
     def _lanes_seen(
         self, model_name: Name, serving: Serving, now: float | None = None

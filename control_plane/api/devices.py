@@ -10,7 +10,7 @@ from pydantic import Field
 from contract.errors import PitheadError
 from control_plane.api.auth import requires
 from control_plane.api.pages import Limit, Page, View, Wanted, page
-from control_plane.api.telemetry import ReceiptView
+from control_plane.api.telemetry import ReceiptView, SummaryView
 from control_plane.services.access import Principal
 from control_plane.services.devices import DeviceDetail, Devices
 from control_plane.store.devices import DeviceRecord
@@ -38,7 +38,10 @@ class DeviceView(View):
     clock_skew_us: int | None = Field(description="Receipt time less the device's own, of its newest record.")
     reported: dict[str, Any] | None = Field(description="What it says that it is; see docs/asyncapi.yaml.")
     reported_at: int | None
-    health: dict[str, Any] | None
+    health: dict[str, Any] | None = Field(
+        description="Its newest. `bypass` is there while its controls are not written, by hand at the "
+        "device, and `ailing` lists what does not work; see docs/asyncapi.yaml."
+    )
     health_at: int | None
 
 
@@ -47,6 +50,9 @@ class DeviceDetailView(DeviceView):
 
     desired: dict[str, Any]
     receipts: list[ReceiptView]
+    summaries: list[SummaryView] = Field(
+        description="The newest of each model, of its lanes and of what applications asked."
+    )
 
 
 class RevocationPending(View):
@@ -74,6 +80,9 @@ def router(devices: Devices) -> APIRouter:
         state: Annotated[str | None, Query(pattern="^(active|revoked)$")] = None,
         online: Annotated[bool | None, Query()] = None,
         name: Annotated[str | None, Query(max_length=64)] = None,
+        troubled: Annotated[
+            bool | None, Query(description="Whether its health tells of a bypass, or of what does not work.")
+        ] = None,
         cursor: str = "",
         limit: Limit = 100,
     ) -> Page[DeviceView]:
@@ -83,6 +92,7 @@ def router(devices: Devices) -> APIRouter:
             state=state,
             online=online,
             name=name,
+            troubled=troubled,
             after=cursor,
             limit=limit,
         )
@@ -154,4 +164,5 @@ def _detail(detail: DeviceDetail) -> DeviceDetailView:
         **_fields(detail.device),
         desired=msgspec.to_builtins(detail.desired),
         receipts=[ReceiptView.model_validate(receipt) for receipt in detail.receipts],
+        summaries=[SummaryView.model_validate(summary) for summary in detail.summaries],
     )

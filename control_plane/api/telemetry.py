@@ -75,6 +75,7 @@ class SummaryView(View):
     alarms: int
     missing: int
     suppressed: int
+    muted: int = Field(description="Windows that were not scored, since the machine did not run.")
     queue: int
     variant: str | None
     accelerator: str | None

@@ -32,6 +32,10 @@ def list_devices(
     group: Annotated[str | None, typer.Option(help="Devices of this group only.")] = None,
     online: Annotated[bool | None, typer.Option("--online/--offline", help="Only these.")] = None,
     state: Annotated[str | None, typer.Option(help="active or revoked.")] = None,
+    troubled: Annotated[
+        bool | None,
+        typer.Option("--troubled/--untroubled", help="Only those that are bypassed or tell of what fails."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 1000,
     output: OutputOption = Output.TABLE,
     server: ServerOption = None,
@@ -42,7 +46,7 @@ def list_devices(
         found = every(
             api,
             "/api/v1/devices",
-            {"label": label, "group": group, "online": online, "state": state},
+            {"label": label, "group": group, "online": online, "state": state, "troubled": troubled},
             limit,
         )
     if output is Output.JSON:
@@ -87,6 +91,9 @@ def show(
     _model_table(found)
     for line in reasons(found):
         console.print(Text("  " + line, style=WAITING))
+    if found.get("summaries"):
+        console.print(Text("\nLast summaries", style="bold"))
+        _summary_table(found["summaries"])
     console.print(Text("\nLast steps", style="bold"))
     print_table(
         ("WHEN", "MODEL", "VERSION", "STATE", "WHY"),
@@ -191,6 +198,50 @@ def reasons(device: dict[str, Any]) -> list[str]:
     return lines
 
 
+def troubles(health: dict[str, Any], now: int) -> list[str]:
+    """Say what a device's newest health complains of: bypassed controls, sources, lanes and sinks."""
+    lines = []
+    if bypass := health.get("bypass"):
+        who = f" by {bypass['who']}" if bypass.get("who") else ""
+        why = f": {bypass['why']}" if bypass.get("why") else ""
+        since = f"{moment(bypass['since'])} ({ago(bypass['since'], now)})" if bypass["since"] else "unknown"
+        lines.append(f"bypassed: no control is written, since {since}{who}{why}")
+    for each in health.get("ailing", ()):
+        name = f"{'pipeline' if each['what'] == 'pipeline' else 'lane'} {each['lane']}"
+        if each["what"] == "sink":
+            kind = each.get("kind") or "?"
+            name += f": sink {each['sink']}" + (f" ({kind})" if kind != each["sink"] else "")
+        elif each["what"] in {"source", "machine"}:
+            name += f": {each['what']}"
+        counts = [f"{each[what]} {what}" for what in ("waiting", "lost") if each.get(what)]
+        said = _why(each.get("code"), each.get("detail", ""))
+        why = f": {said}" if said else ""
+        lines.append(f"{name} {', '.join([each['state'], *counts])}{why}")
+    return lines
+
+
+def _summary_table(summaries: list[dict[str, Any]]) -> None:
+    print_table(
+        ("MODEL", "VERSION", "BY", "FROM", "WINDOWS", "ERRORS", "ALARMS", "MISSING", "MUTED", "P95 US"),
+        (
+            (
+                each["model_name"],
+                each["version"],
+                each["source"],
+                moment(each["bucket_start"]),
+                str(each["count"]),
+                str(each["errors"]),
+                str(each["alarms"]),
+                str(each["missing"]),
+                Text(str(each.get("muted", 0)), style=WAITING if each.get("muted") else ""),
+                "-" if each["latency_p95_us"] is None else f"{each['latency_p95_us']:.0f}",
+            )
+            for each in summaries
+        ),
+        "none yet",
+    )
+
+
 def _facts(console: Console, device: dict[str, Any], now: int) -> None:
     console.print(Text.assemble((device["id"], "bold"), f"  {device['name']}  ", _presence(device)))
     health = device["health"] or {}
@@ -211,6 +262,8 @@ def _facts(console: Console, device: dict[str, Any], now: int) -> None:
         rows.append(("health", text))
     for name, value in rows:
         console.print(Text.assemble((f"  {name:<10}", "dim"), value))
+    for line in troubles(health, now):
+        console.print(Text("  " + line, style=BAD), soft_wrap=True)
 
 
 def _model_table(device: dict[str, Any]) -> None:
@@ -266,7 +319,10 @@ def _models(device: dict[str, Any]) -> str:
 def _presence(device: dict[str, Any]) -> Text:
     if device["state"] != "active":
         return Text(device["state"], style=BAD)
-    return Text("online", style=GOOD) if device["online"] else Text("offline", style=WAITING)
+    found = Text("online", style=GOOD) if device["online"] else Text("offline", style=WAITING)
+    if (device["health"] or {}).get("bypass"):
+        found.append(" bypassed", style=BAD)
+    return found
 
 
 def _state(state: str) -> Text:

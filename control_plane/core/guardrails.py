@@ -11,7 +11,7 @@ from control_plane.core.assignment import ON_NEW_VERSION
 from control_plane.core.policy import Guardrails
 from control_plane.core.strata import share
 
-CRASH_CODES: Final = frozenset({"trial.crashed", "probe.crashed"})
+CRASH_CODES: Final = frozenset({"trial.crashed", "trial.over_memory", "probe.crashed"})
 CHANCE: Final = 0.02
 """Silence that comes about by chance more often than this is not laid to the version."""
 _UNREACHED: Final = frozenset({AssignmentState.PLANNED, AssignmentState.OFFERED, AssignmentState.UNREACHED})

@@ -29,6 +29,8 @@ class DeviceDetail(msgspec.Struct, frozen=True):
     device: DeviceRecord
     desired: Desired
     receipts: list[telemetry.ReceiptRecord]
+    summaries: list[telemetry.SummaryRecord]
+    """The newest of each model and source."""
 
 
 class Devices:
@@ -64,6 +66,7 @@ class Devices:
         state: str | None = None,
         online: bool | None = None,
         name: str | None = None,
+        troubled: bool | None = None,
         after: str = "",
         limit: int = 100,
     ) -> list[DeviceRecord]:
@@ -73,7 +76,14 @@ class Devices:
             if group is not None:
                 selector |= store.group(tx, group).selector
             return store.devices(
-                tx, labels=selector, state=state, online=online, name=name, after=after, limit=limit
+                tx,
+                labels=selector,
+                state=state,
+                online=online,
+                name=name,
+                troubled=troubled,
+                after=after,
+                limit=limit,
             )
 
     def detail(self, device_id: str) -> DeviceDetail:
@@ -83,6 +93,7 @@ class Devices:
                 device=store.device(tx, device_id),
                 desired=desired.read(tx, device_id),
                 receipts=telemetry.receipts(tx, telemetry.Window(device=device_id, limit=RECENT_RECEIPTS)),
+                summaries=telemetry.newest_summaries(tx, device_id),
             )
 
     def change(

@@ -16,7 +16,7 @@ from sqlmodel import Session
 
 from control_plane.core.gate import Evidence, trace
 from control_plane.core.gate.design import alpha_shares, late_number, late_share, period
-from control_plane.core.gate.evidence import Floats
+from control_plane.core.gate.evidence import Booleans, Floats
 from control_plane.core.policy import ALARM_RATE, ERROR_RATE, LATENCY, Policy
 from control_plane.core.progress import MICROS, Arm
 from control_plane.store import rollouts_seen as store
@@ -108,7 +108,8 @@ def before_known(rows: Rows, members: Sequence[AssignmentRecord], policy: Policy
     known = 0
     for m in members:
         old = m.previous.version if m.previous is not None else None
-        seconds = sum(row.bucket_s for _, row in rows.of(m.device_id) if row.version == old)
+        mine = (row for _, row in rows.of(m.device_id) if row.version == old and not row.stands)
+        seconds = sum(row.bucket_s for row in mine)
         known += seconds >= policy.min_pre_buckets * policy.bucket_s
     return known >= policy.min_coverage * len(members)
 
@@ -130,7 +131,9 @@ def recent(
         serving = [row for _, row in rows.of(m.device_id) if _is_after(record, m, row)]
         facts[m.device_id] = Recent(
             begun=bool(serving) or spoke.get((m.device_id, _wanted(record, m) or ""), -1) >= m.activation,
-            speaking=any(now - row.t_received <= quiet and row.count + row.errors > 0 for row in serving),
+            speaking=any(
+                now - row.t_received <= quiet and row.count + row.errors + row.muted > 0 for row in serving
+            ),
             windows=sum(row.count + row.errors for row in serving),
             errors=sum(row.errors for row in serving),
             restarts=restarts.get(m.device_id, 0),
@@ -267,6 +270,7 @@ def _evidence(
                 if 0 <= column < pre:
                     cells.add(index, column, row, judged)
     empty = cells.leading_empty(pre)
+    standing = cells.standing()[:, empty:]
     return Evidence(
         seed=f"{record.id}:{record.watched_stage}",
         devices=tuple(m.device_id for m in members),
@@ -275,6 +279,7 @@ def _evidence(
         pre=pre - empty,
         series={metric.name: CALCULATED[metric.name](cells)[:, empty:] for metric in record.policy.metrics},
         alpha_share=share,
+        muted=standing if standing.any() else None,
     )
 
 
@@ -289,6 +294,8 @@ class _Cells:
         self.alarms = np.zeros(shape)
         self.latency = np.zeros(shape)
         self.timed = np.zeros(shape)
+        self.muted = np.zeros(shape)
+        self.failed = np.zeros(shape)
 
     def add(self, device: int, column: int, row: SeenBucket, judged: str) -> None:
         """Errors count whoever asked; latency and alarms only by the source that ``judged`` names."""
@@ -296,6 +303,8 @@ class _Cells:
         self.errors[device, column] += row.errors
         if row.source != judged:
             return
+        self.muted[device, column] += row.muted
+        self.failed[device, column] += row.errors
         self.windows[device, column] += row.count
         self.alarms[device, column] += row.alarms
         if row.latency_p95_us is not None and row.count > 0:
@@ -306,6 +315,11 @@ class _Cells:
         """Return how many of the first ``pre`` columns nobody has anything in."""
         used = np.flatnonzero((self.asked + self.errors)[:, :pre].any(axis=0))
         return int(used[0]) if len(used) else pre
+
+    def standing(self) -> Booleans:
+        """Return where a device scored nothing since its machine did not run."""
+        stands: Booleans = (self.muted > 0) & (self.windows + self.failed == 0)
+        return stands
 
     def latency_p95(self) -> Floats:
         return _ratio(self.latency, self.timed)

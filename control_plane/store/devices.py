@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 import msgspec
-from sqlalchemy import update
+from sqlalchemy import func, not_, or_, update
 from sqlmodel import Session, col, select
 
 from contract.errors import PitheadError
@@ -15,6 +15,9 @@ Labels = dict[str, str]
 
 CHUNK: Final = 500
 """Devices read at once while looking for those with some labels."""
+
+TROUBLE: Final = ('"bypass":{', '"ailing":[')
+"""Stand in a health document that tells of trouble; within a text its quotes would be escaped."""
 
 
 class DeviceRecord(msgspec.Struct, frozen=True):
@@ -159,10 +162,14 @@ def devices(
     state: str | None = None,
     online: bool | None = None,
     name: str | None = None,
+    troubled: bool | None = None,
     after: str = "",
     limit: int | None = None,
 ) -> list[DeviceRecord]:
-    """Return devices in the order of their ids, those that have all of ``labels``."""
+    """Return devices in the order of their ids, those that have all of ``labels``.
+
+    ``troubled`` are those whose newest health tells of a bypass or of something that ails.
+    """
     statement = select(Device).order_by(col(Device.id)).limit(CHUNK)
     if state is not None:
         statement = statement.where(col(Device.state) == state)
@@ -170,6 +177,10 @@ def devices(
         statement = statement.where(col(Device.online).is_(online))
     if name is not None:
         statement = statement.where(col(Device.name) == name)
+    if troubled is not None:
+        health = func.coalesce(col(Device.health), "")
+        tells = or_(*(health.contains(part, autoescape=True) for part in TROUBLE))
+        statement = statement.where(tells if troubled else not_(tells))
     found: list[DeviceRecord] = []
     while True:
         rows = tx.exec(statement.where(col(Device.id) > after)).all()

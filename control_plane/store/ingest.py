@@ -306,6 +306,7 @@ def _summary(body: ModelSummary) -> Row:
         "alarms": body.alarms,
         "missing": body.missing,
         "suppressed": body.suppressed,
+        "muted": body.muted,
         "queue": body.queue,
         "variant": body.variant,
         "accelerator": body.accelerator,

@@ -41,6 +41,12 @@ class SeenBucket(msgspec.Struct, frozen=True):
     alarms: int
     latency_p95_us: float | None
     source: str
+    muted: int = 0
+
+    @property
+    def stands(self) -> bool:
+        """Whether nothing was scored because the machine did not run: that is no evidence of anything."""
+        return self.muted > 0 and self.count + self.errors == 0
 
 
 def newest_receipt(tx: Session) -> int:

@@ -9,6 +9,8 @@ from sqlmodel import Session, SQLModel, col, select
 from control_plane.store.tables import telemetry as tables
 
 T = TypeVar("T", bound=msgspec.Struct)
+NEWEST: Final = 200
+"""Summaries of a device among which the newest of each model are looked for."""
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -91,6 +93,7 @@ class SummaryRecord(msgspec.Struct, frozen=True):
     alarms: int
     missing: int
     suppressed: int
+    muted: int
     queue: int
     variant: str | None
     accelerator: str | None
@@ -136,6 +139,21 @@ def health(tx: Session, window: Window) -> list[HealthRecord]:
 def summaries(tx: Session, window: Window) -> list[SummaryRecord]:
     """Return summaries, the newest first."""
     return [_record(row, SummaryRecord) for row in tx.exec(_select(tables.Summary, window))]
+
+
+def newest_summaries(tx: Session, device_id: str) -> list[SummaryRecord]:
+    """Return a device's newest summary of each model and source, as far as it is among its last ones."""
+    table = tables.Summary
+    statement = (
+        select(table)
+        .where(col(table.device_id) == device_id)
+        .order_by(col(table.bucket_start).desc(), col(table.id).desc())
+        .limit(NEWEST)
+    )
+    found: dict[tuple[str, str], SummaryRecord] = {}
+    for row in tx.exec(statement):
+        found.setdefault((row.model_name, row.source), _record(row, SummaryRecord))
+    return [found[key] for key in sorted(found)]
 
 
 def dead_letters(tx: Session, window: Window) -> list[DeadLetterRecord]:

@@ -15,7 +15,7 @@ from contract.errors import PitheadError
 from contract.manifest import Datatype, TensorSpec
 from inference.accelerators import NO_LIMITS, ONNX, Accelerator, Resources, find
 from inference.reports import Placement
-from inference.session import Array, InputGate, as_bytes, counted, first_line, missing
+from inference.session import Array, InputGate, as_bytes, counted, failed, first_line, missing
 
 _DATATYPES: Final[Mapping[str, Datatype]] = {
     "tensor(bool)": "BOOL",
@@ -75,7 +75,7 @@ class OnnxSession:
                     source, sess_options=options, enable_fallback=0, **providers
                 )
         except Exception as error:
-            raise PitheadError("inference.load_failed", first_line(error)) from error
+            raise failed(error, "inference.load_failed") from error
         if wanted.provider not in self._session.get_providers():
             raise missing(wanted, f"did not start in onnxruntime {onnxruntime.__version__}: see its log")
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
@@ -109,7 +109,7 @@ class OnnxSession:
         try:
             outputs = self._session.run(self._names, inputs)
         except Exception as error:
-            raise PitheadError("inference.run_failed", first_line(error)) from error
+            raise failed(error, "inference.run_failed") from error
         answer = dict(zip(self._names, map(np.asarray, outputs), strict=True))
         for name in self._texts:
             answer[name] = as_bytes(answer[name])

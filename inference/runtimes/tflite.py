@@ -14,7 +14,7 @@ from contract.manifest import Datatype, TensorSpec
 from inference.accelerators import NO_LIMITS, Accelerator, Resources, find
 from inference.reports import Placement
 from inference.runtimes.delegate import Delegate
-from inference.session import Array, InputGate, counted, datatype_of, first_line, missing
+from inference.session import Array, InputGate, counted, datatype_of, failed, missing
 
 try:
     from ai_edge_litert import interpreter as tflite
@@ -36,6 +36,8 @@ _SMALLEST: Final = (
 
 _PLAIN: Final = tflite.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 _AUTO: Final = tflite.OpResolverType.AUTO
+FAILURES: Final = (ValueError, RuntimeError, SystemError, MemoryError)
+"""What the interpreter raises."""
 _DELEGATE: Final = "DELEGATE"
 _VARIABLE: Final = "VAR_HANDLE"
 
@@ -70,8 +72,8 @@ class TfliteSession:
             outputs = self._interpreter.get_output_details()
             # There is no public way to ask.
             operators = {op["op_name"] for op in self._interpreter._get_ops_details()}  # noqa: SLF001
-        except (ValueError, RuntimeError, SystemError) as error:
-            raise PitheadError("inference.load_failed", first_line(error)) from error
+        except FAILURES as error:
+            raise failed(error, "inference.load_failed") from error
         self.runtime = f"{PACKAGE} {VERSION}"
         self.accelerator = wanted.name if _DELEGATE in operators else "cpu"
         self._has_resources = _VARIABLE in operators
@@ -103,9 +105,9 @@ class TfliteSession:
                 interpreter.set_tensor(index, inputs[name])
             interpreter.invoke()
             return {name: interpreter.get_tensor(index) for name, index in self._fetches}
-        except (ValueError, RuntimeError, SystemError) as error:
+        except FAILURES as error:
             self._gate = InputGate(self.inputs)
-            raise PitheadError("inference.run_failed", first_line(error)) from error
+            raise failed(error, "inference.run_failed") from error
 
     def reset(self) -> None:
         """See ``Session``. Variables that are resources live as long as their interpreter."""
@@ -114,8 +116,8 @@ class TfliteSession:
             return
         try:
             self._interpreter = self._make()
-        except (ValueError, RuntimeError, SystemError) as error:
-            raise PitheadError("inference.run_failed", first_line(error)) from error
+        except FAILURES as error:
+            raise failed(error, "inference.run_failed") from error
         self._gate = InputGate(self.inputs)
         self._shapes = {
             d["name"]: tuple(int(n) for n in d["shape"]) for d in self._interpreter.get_input_details()
@@ -130,7 +132,13 @@ class TfliteSession:
         self._shapes = dict.fromkeys(self._shapes, ())
         for name, index in self._feeds:
             self._interpreter.resize_tensor_input(index, inputs[name].shape)
-        self._interpreter.allocate_tensors()
+        try:
+            self._interpreter.allocate_tensors()
+        except RuntimeError as error:
+            if str(error):
+                raise
+            # Of all that can fail here it has words, but for this.
+            raise MemoryError(f"no room for inputs of {[a.shape for a in inputs.values()]}") from error
         self._shapes = {name: inputs[name].shape for name, _ in self._feeds}
 
 

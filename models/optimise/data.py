@@ -9,6 +9,8 @@ import csv
 import gzip
 import importlib
 import math
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,32 +107,55 @@ def load(
     rows or whole inputs, an ``.npz`` an array for each input tensor and
     perhaps ``label``. Raises ``source.failed`` and ``config.invalid``.
     """
+    if path.suffix in {".npy", ".npz"} and (label is not None or columns is not None):
+        raise PitheadError(
+            "config.invalid",
+            f"{path.name} has no columns for --label and --columns; an .npz may have an array {LABEL!r}",
+        )
     try:
         if path.suffix == ".npz":
             return _tensors(path, inputs)
         if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-            return _cut(np.asarray(values), None, inputs, pipeline, path.name)
+            return _cut(_numeric(np.load(path, allow_pickle=False), ""), None, inputs, pipeline, path.name)
         wanted = columns or (None if pipeline is None else [c.name for c in pipeline.channels])
         table, labels = _table(path, wanted, label)
-    except (OSError, ValueError, csv.Error, UnicodeDecodeError) as error:
+    except (OSError, ValueError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error) as error:
         raise PitheadError("source.failed", f"{path.name}: {error}") from error
     return _cut(table, labels, inputs, pipeline, path.name)
 
 
 def _tensors(path: Path, inputs: tuple[TensorSpec, ...]) -> Data:
-    with np.load(path, allow_pickle=False) as arrays:
+    # numpy leaves a file that it cannot read open, if it opened it.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         found = {name: np.asarray(arrays[name]) for name in arrays.files}
-    label = found.pop(LABEL, None)
-    rows = {spec.name: found[spec.name] for spec in inputs if spec.name in found}
+    label = None if any(spec.name == LABEL for spec in inputs) else found.pop(LABEL, None)
+    rows = {s.name: _numeric(found[s.name], s.name) for s in inputs if s.name in found}
     if len(rows) != len(inputs):
         names = [spec.name for spec in inputs]
         raise PitheadError(
             "source.failed", f"{path.name}: arrays {sorted(found)}, the model's inputs are {names}"
         )
-    count = min(map(len, rows.values()))
-    label = None if label is None else np.asarray(label[:count] != 0, np.bool_)
-    return Data({n: a[:count] for n, a in rows.items()}, label, np.arange(count, dtype=np.int64), 1)
+    lengths = {name: len(array) for name, array in rows.items()}
+    if label is not None:
+        label = _numeric(label, LABEL).reshape(-1)
+        lengths[LABEL] = len(label)
+    count = min(lengths.values())
+    if len(set(lengths.values())) != 1 or not count:
+        raise PitheadError(
+            "source.failed", f"{path.name}: the arrays differ in length, or are empty: {lengths}"
+        )
+    good = np.ones(count, np.bool_)
+    for array in rows.values():
+        good &= np.isfinite(array).reshape(count, -1).all(axis=1)
+    data = Data(rows, None if label is None else label != 0, np.arange(count, dtype=np.int64), 1)
+    return _kept(data, np.flatnonzero(good), path.name)
+
+
+def _numeric(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return an array of numbers with at least one axis, and a value in each row of it."""
+    if array.dtype.kind not in "fiub" or not array.ndim or not math.prod(array.shape[1:]):
+        raise ValueError(f"array {name or 'in it'} is {array.dtype} {list(array.shape)}, no rows of numbers")
+    return array
 
 
 def _table(
@@ -186,19 +211,19 @@ def _cut(
             "source.failed", f"{name}: a model of {len(inputs)} inputs needs an .npz, an array for each"
         )
     spec = inputs[0]
-    size = math.prod(
-        max(1, d) for d in (spec.shape[1:] if spec.shape and spec.shape[0] in {-1, 1} else spec.shape)
-    )
     if not len(table):
         raise PitheadError("source.failed", f"{name} has no rows")
     if pipeline is not None:
         return _windows(table.reshape(len(table), -1), label, spec, pipeline, name)
-    width = math.prod(table.shape[1:])
+    row = spec.shape[1:] if spec.shape and spec.shape[0] in {-1, 1} else spec.shape
+    if len(row) == table.ndim - 1:  # open dimensions are as long as the data's
+        row = tuple(b if a == -1 else a for a, b in zip(row, table.shape[1:], strict=True))
+    row = tuple(max(1, d) for d in row)
+    size, width = math.prod(row), math.prod(table.shape[1:])
     if size % width:
         raise PitheadError("source.failed", f"{name}: rows of {width} values do not make an input of {size}")
     length = size // width
     count = len(table) // length
-    row = tuple(max(1, d) for d in spec.shape[1:]) if spec.shape and spec.shape[0] in {-1, 1} else spec.shape
     windows = np.asarray(table[: count * length], np.float32).reshape(count, *row)
     good = np.flatnonzero(np.isfinite(windows).reshape(count, -1).all(axis=1))
     start = np.arange(count, dtype=np.int64) * length

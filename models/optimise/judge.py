@@ -106,7 +106,10 @@ def compare(
     pairs = list(zip(want.values(), got.values(), strict=True))
     if score is not None:
         assert x is not None
+        _fits(score, x, pairs[0][0])
         pairs = [(scores(score, x, a)[:, None], scores(score, x, b)[:, None]) for a, b in pairs[:1]]
+    if not all(np.isfinite(a).all() for a, _ in pairs):
+        raise PitheadError("inference.not_finite", "the original gives NaN or infinity on the given data")
     if not all(np.isfinite(b).all() for _, b in pairs):
         raise PitheadError("inference.not_finite", "the variant gives NaN or infinity on the given data")
     deltas = [np.abs(a.astype(np.float64) - b) for a, b in pairs]
@@ -123,6 +126,16 @@ def compare(
         auc=auc,
         auc_original=auc_original,
     )
+
+
+def _fits(score: Score, x: NDArray[Any], output: NDArray[Any]) -> None:
+    """Raise where an output is none that the score is made of."""
+    if score.method == "reconstruction_mse" and output.size != x.size:
+        raise PitheadError(
+            "config.invalid",
+            f"reconstruction_mse compares the first output with the first input, but a window has "
+            f"{x.size // len(x)} values and its output {output.size // len(x)}",
+        )
 
 
 def _spread(values: NDArray[Any]) -> float:

@@ -15,13 +15,14 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference, version_converter
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-from onnxruntime.quantization.quant_utils import add_infer_metadata, update_opset_version
+from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+from contract.errors import PitheadError
 from models.optimise.pruning import pruned
 
 Feed = Mapping[str, NDArray[Any]]
@@ -31,8 +32,35 @@ _LEVELS: Final = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
 }
+_QUANTISED: Final = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantize",
+    "QLinear",
+    "MatMulInteger",
+    "ConvInteger",
+)
+_IR_OF_CONSTANTS: Final = 4
+_OPSET_BY_CHANNEL: Final = 13
+"""The first whose DequantizeLinear has a scale for each channel."""
 SMALLEST: Final = 64
 """Constants with fewer values keep their datatype: nothing would be gained."""
+
+
+def check_float(content: bytes) -> None:
+    """Raise ``optimise.failed`` for a model whose numbers are not float32 any more."""
+    graph = onnx.load_model_from_string(content).graph
+    found = sorted({n.op_type for n in graph.node if n.op_type.startswith(_QUANTISED)})
+    if found:
+        raise PitheadError(
+            "optimise.failed",
+            f"it is quantised already ({', '.join(found)}): begin with its float32 original",
+        )
+    halves = [t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT16]
+    if halves:
+        raise PitheadError(
+            "optimise.failed", f"its weights are float16 ({halves[0]!r}): begin with its float32 original"
+        )
 
 
 def fuse(content: bytes, level: str) -> bytes:
@@ -90,7 +118,11 @@ def int8(content: bytes, run: Run) -> tuple[bytes, dict[str, float]]:
     """
     logging.disable(logging.CRITICAL)  # it recommends what was done already
     model = onnx.load_model_from_string(fuse(content, "basic"))
-    model = update_opset_version(model, QuantType.QInt8, QuantType.QInt8)
+    # Before version 4 constants were inputs too, without which the version converter does not know them.
+    model.ir_version = max(model.ir_version, _IR_OF_CONSTANTS)
+    if next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}) < _OPSET_BY_CHANNEL:
+        # The quantiser's own way of doing it wants to write files.
+        model = version_converter.convert_version(model, _OPSET_BY_CHANNEL)
     model = shape_inference.infer_shapes(model)
     add_infer_metadata(model)
     quantizer = QDQQuantizer(

@@ -13,7 +13,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from contract.errors import PitheadError
-from contract.manifest import Golden, Manifest, Provenance, Score, Tolerance, Variant
+from contract.manifest import Golden, Manifest, Provenance, Score, TensorSpec, Tolerance, Variant
 from inference import registry
 from inference.probing import ProbeReport, probe
 from models import package
@@ -22,7 +22,7 @@ from models.optimise.feeding import Rows, calls
 from models.optimise.judge import PREFIX, Loss, Tolerances, compare, excess
 from models.optimise.source import Source
 from models.optimise.techniques import Technique
-from models.optimise.worker import Model, ask, make
+from models.optimise.worker import Asked, Model, ask, make
 from models.package import reference_to
 from models.record import recorded
 from models.reference import rounded
@@ -168,26 +168,30 @@ class _Bench:
         file = self._scratch / path
         file.write_bytes(found.content)
         model = Model(file, reference_to(path, found.content), source.model.format)
-        _, got = self._ask(model)
+        asked, got = self._ask(model)
         evaluation = self._division.evaluation
         loss = compare(self._want, got, self._x, self._score, evaluation.label)
-        variant, contents = self._variant(made.name, model, technique, found.steps)
+        variant, contents = self._variant(made.name, model, asked.inputs, technique, found.steps)
         made = _sized(replace(made, variant=variant, contents=contents, loss=loss), found.content)
         too_much = excess(loss, self._settings.tolerances)
         return replace(made, code="optimise.over_tolerance", detail=too_much) if too_much else made
 
-    def _ask(self, model: Model) -> tuple[Any, dict[str, NDArray[Any]]]:
+    def _ask(self, model: Model) -> tuple[Asked, dict[str, NDArray[Any]]]:
         return ask(model, self._evaluation, self._accelerator, require_sandbox=self._settings.require_sandbox)
 
     def _variant(
-        self, name: str, model: Model, technique: Technique, steps: Mapping[str, float]
+        self,
+        name: str,
+        model: Model,
+        tensors: tuple[TensorSpec, ...],
+        technique: Technique,
+        steps: Mapping[str, float],
     ) -> tuple[Variant, dict[str, bytes]]:
         """Return a variant with golden vectors of windows that it was not calibrated on."""
         strict = self._settings.require_sandbox
-        asked, _ = ask(model, None, require_sandbox=strict)
         picked = _golden(self._division)
-        feeds = list(calls(asked.inputs, picked, most=1))
-        stacked = {spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in asked.inputs}
+        feeds = list(calls(tensors, picked, most=1))
+        stacked = {spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in tensors}
         inputs = self._saved(f"{name}.golden", stacked)
         seen = recorded(model.path, model.file, model.format, inputs, require_sandbox=strict)
         # Where a float output moves by whole steps, other kernels may be one step away.

@@ -10,10 +10,10 @@ import msgspec
 from contract.errors import PitheadError
 from contract.manifest import Score
 from contract.package import parse_manifest
+from models import package
 from models.optimise import data, judge, techniques
 from models.optimise.produce import Result, Settings, optimise
 from models.optimise.source import Source, of_file, of_package
-from models.optimise.worker import ask
 
 MOST_CALIBRATION: Final = 512
 MOST_EVALUATION: Final = 4096
@@ -48,12 +48,12 @@ def run(order: Order, progress: Callable[[str], None] = lambda _: None) -> Resul
     """Return the result; raises ``config.invalid``, ``source.failed``, and what the original itself meets."""
     source = _source(order)
     parse_manifest(msgspec.json.encode(source.manifest))  # a wrong version or name is told before the work
+    package.vacant(order.out / source.manifest.name / source.manifest.version)
     text = order.techniques or ",".join(techniques.DEFAULT[source.model.format])
     wanted = techniques.parse(text, source.model.format)
     allowed = judge.tolerances(order.tolerance, source.manifest.provenance.parameters)
-    asked, _ = ask(source.model, None, require_sandbox=order.require_sandbox)
     names = None if order.columns is None else [name.strip() for name in order.columns.split(",")]
-    found = data.load(order.data, asked.inputs, source.pipeline, columns=names, label=order.label)
+    found = data.load(order.data, source.variant.inputs, source.pipeline, columns=names, label=order.label)
     division = data.divide(found, order.calibrate, MOST_CALIBRATION, MOST_EVALUATION)
     settings = Settings(allowed, _score(order), order.rounds, order.require_sandbox)
     return optimise(source, wanted, division, settings, order.out, progress)

@@ -26,6 +26,24 @@ _PACKAGE: Final = "ai-edge-quantizer"
 _PARTS: Final = ("quantizer", "calibrator", "recipe", "recipe_manager", "utils.qsv_utils")
 
 
+def check_float(content: bytes) -> None:
+    """Raise ``optimise.failed`` for a model whose numbers are not float32 any more."""
+    integers = {schema.TensorType.INT8, schema.TensorType.UINT8, schema.TensorType.INT16}
+    for graph in _read(content).subgraphs:
+        for tensor in graph.tensors:
+            quantised = tensor.quantization is not None and len(_some(tensor.quantization.scale)) > 0
+            if tensor.type == schema.TensorType.FLOAT16 or (tensor.type in integers and quantised):
+                name = (tensor.name or b"").decode(errors="replace")
+                raise PitheadError(
+                    "optimise.failed",
+                    f"it is float16 or quantised already ({name!r}): begin with its float32 original",
+                )
+
+
+def _some(values: Any) -> Any:
+    return () if values is None else values
+
+
 def prune(content: bytes, share: float) -> bytes:
     """Return the model with the smallest ``share`` of each weight matrix at 0."""
     model = _read(content)

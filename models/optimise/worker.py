@@ -7,13 +7,11 @@ opens the model too, so it does so here.
 import encodings.cp437
 import importlib
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
@@ -22,9 +20,10 @@ from contract.errors import PitheadError
 from contract.manifest import FileRef, TensorSpec
 from inference import registry
 from inference.accelerators import Format
-from inference.probing import Limits, in_child
+from inference.probing import Limits
 from inference.sandbox import confine
 from inference.screening import SCREENS
+from models.conversation import answer_one, converse
 from models.optimise.feeding import answers, calls
 from models.optimise.techniques import Step
 
@@ -69,13 +68,6 @@ class Asked(Struct, frozen=True, tag="asked"):
     """An .npz by output tensor."""
 
 
-class Failure(Struct, frozen=True, tag="failure"):
-    """Why there is nothing."""
-
-    code: str
-    detail: str
-
-
 class Model(Struct, frozen=True):
     """A model file on disk."""
 
@@ -118,34 +110,15 @@ def _converse(
         os.getpid(),
         require_sandbox=require_sandbox,
     )
-    answer = in_child("models.optimise.worker", msgspec.msgpack.encode(request), LIMITS, MAX_ANSWER)
-    try:
-        said = msgspec.msgpack.decode(answer, type=Made | Asked | Failure)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise PitheadError("probe.crashed", f"{model.path.name}: unreadable answer: {error}") from error
-    if isinstance(said, Failure):
-        raise PitheadError(said.code, said.detail)
+    said: Made | Asked = converse(
+        "models.optimise.worker", request, model.path.name, Made | Asked, MAX_ANSWER
+    )
     return said
 
 
 def main() -> None:
     """Answer one request."""
-    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Request)
-    # Runtimes write on standard output as they please; the answer goes where they cannot.
-    answer = os.dup(1)
-    os.dup2(2, 1)
-    said: Made | Asked | Failure
-    try:
-        said = _answer(request)
-    except PitheadError as error:
-        said = Failure(error.code, error.detail[:1500])
-    except MemoryError:
-        said = Failure("probe.over_budget", f"more than {request.limits.memory_mb} MB of address space")
-    left = memoryview(msgspec.msgpack.encode(said))
-    while left:
-        left = left[os.write(answer, left) :]
-    # A model that was opened here is not worth a clean farewell.
-    os._exit(0)
+    answer_one(Request, _answer)
 
 
 def _answer(request: Request) -> Made | Asked:
@@ -167,6 +140,7 @@ def _answer(request: Request) -> Made | Asked:
     rows = _rows(given)
     if passes is None:
         return _asked(opener(content, request.accelerator, 1), rows)
+    passes.check_float(content)
     scales: dict[str, float] = {}
     for step in request.steps:
         try:

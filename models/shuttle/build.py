@@ -26,7 +26,7 @@ _REGIME_LIMIT: Final = 43.0
 
 _DEFAULTS: Final[dict[str, Value]] = {
     "hidden": "16,3,16",
-    "epochs": 12,
+    "epochs": 48,
     "learning_rate": 0.005,
     "seed": 1,
     "train_on": "all",
@@ -36,7 +36,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "wider": Recipe(
         "2.0.0",
         2,
-        "More hidden units and a longer training find more anomalies at fewer false alarms.",
+        "More hidden units find more anomalies, at fewer false alarms, than a small network after 12 epochs.",
         _DEFAULTS | {"hidden": "64,32,5,32,64", "epochs": 40, "seed": 2},
     ),
     "one-regime": Recipe(

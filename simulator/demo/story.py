@@ -17,6 +17,8 @@ from simulator.processes import wait_until
 
 MODEL: Final = "shuttle"
 RECIPES: Final = {"1.0.0": "baseline", "2.0.0": "wider", "3.0.0": "one-regime", "4.0.0": "longer"}
+SETTINGS: Final = {"1.0.0": {"epochs": "12"}}
+"""Trained too shortly, so that the next version is seen to be better."""
 ENDED: Final = frozenset({"succeeded", "rolled_back", "aborted"})
 WAITS_FOR_A_PERSON: Final = frozenset({"held", "coverage"})
 GOOD_AGREEMENT: Final = 0.9
@@ -58,7 +60,7 @@ class Story:
         """Keys, certificates, broker, control plane, a recording; the model's versions are made meanwhile."""
         with self.tell.chapter("Set up"):
             for version, recipe in RECIPES.items():
-                order = shipped.order(MODEL, recipe=recipe)
+                order = shipped.order(MODEL, recipe=recipe, settings=SETTINGS.get(version))
                 self.builds[version] = self._workshop.submit(shipped.build_apart, order, self.fleet.packages)
             rows = self.fleet.write_recording()
             self.fleet.configure(rows)

@@ -24,6 +24,7 @@ from agent.service.steps import Steps
 from agent.service.world import World
 from agent.store.slots import SlotStore
 from contract.messages import Desired, ModelAssignment
+from inference.accelerators import Custom
 from tests.agent.conftest import Assign
 from tests.agent.test_service import MACHINE, Bench, intake
 from tests.engine.conftest import Package, make_package, samples, write_csv
@@ -39,12 +40,13 @@ class Rig:
     bench: Bench
     lanes: tuple[Lane, ...]
     desired: Desired
+    accelerators: dict[str, Custom] = field(default_factory=dict)
     executed: list[plan.Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         b = self.bench
         b.world = self.world = World(
-            b.layout, AgentSettings(lanes=self.lanes), MACHINE,
+            b.layout, AgentSettings(lanes=self.lanes, accelerators=self.accelerators), MACHINE,
             slot_store=SlotStore(b.layout.slots), objects=b.objects, state=b.state,
         )  # fmt: skip
         self.world.take(self.desired, None)
@@ -66,7 +68,7 @@ class Rig:
                 case events.EngineSaid():
                     self.intake.said(event)
                 case events.EngineStarted():
-                    self.intake.started()
+                    self.intake.started(event.ended)
                 case events.EngineLost():
                     self.intake.lost(event)
                 case _:
@@ -75,7 +77,9 @@ class Rig:
             assert not isinstance(step, plan.TASKS), step
             self.steps.execute(name, step)
             self.executed.append(step)
+        self.intake.store()
         self.intake.watch()
+        self.intake.weigh()
         self.intake.configure()
 
     def serves(self, lane: str, digest: str) -> bool:
@@ -88,9 +92,9 @@ class Rig:
         os.kill(self.bench.engine.pid, signal.SIGKILL)
 
 
-def installed(package: Package) -> Installed:
+def installed(package: Package, accelerator: str = "cpu") -> Installed:
     files = {path: Path(place).name for path, place in package.files.items()}
-    return Installed(package.manifest.version, package.digest, package.variant.name, "cpu", files)
+    return Installed(package.manifest.version, package.digest, package.variant.name, accelerator, files)
 
 
 def order(assign: Assign, model: str, package: Package, **more: int) -> ModelAssignment:

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from agent.core import health
-from agent.core.serve_models import ServedModel
+from agent.core.serve_models import PipelineSpec, ServedModel, Step
 from agent.core.settings import AgentSettings, Lane, Serve, ServeMqtt, overridden, parse
 from agent.core.slots import Serving, Slots
 from agent.engine.serve import configuration
-from agent.ports import Configure, FromEngine, LaneState, ServeSpec, ServeState, ToEngine
+from agent.ports import Configure, FromEngine, LaneState, PipelineState, ServeSpec, ServeState, ToEngine
 from agent.service import events, status
 from agent.service.reporting import Reporter
 from agent.service.status import Status
@@ -39,6 +39,10 @@ def serves(bench: Bench, *lanes: Lane, serve: Serve = SERVE) -> None:
 # --- settings
 
 
+def pipeline(*steps: Step) -> dict[str, Any]:
+    return {"pipelines": {"p": msgspec.to_builtins(PipelineSpec(("x",), ("y",), steps))}}
+
+
 @pytest.mark.parametrize(
     ("table", "named"),
     [
@@ -57,7 +61,17 @@ def serves(bench: Bench, *lanes: Lane, serve: Serve = SERVE) -> None:
         ({"mqtt": {"qos": 3}}, "qos"),
         ({"mqtt": {"concurrency": 0}}, "concurrency"),
         ({"models": {"pump": {"cash_mb": 1}}}, "cash_mb"),
-        ({"models": {"pump": {"versions": 2}}}, "versions"),
+        ({"models": {"pump": {"versions": 2}}}, "serve.models.pump.versions: a device serves one version"),
+        (
+            {"models": {"pump": {"split": {"weights": {"1": 1}}}}},
+            "serve.models.pump.split: a device",
+        ),
+        ({"models": {"pump": {"shadow": {"version": "2"}}}}, "Rollouts compare versions over devices"),
+        ({"models": {"pump": {"bandit": {}}}}, "serve.models.pump.bandit"),
+        ({"models": 3}, "Expected `object`, got `int` - at `$.serve.models`"),
+        (pipeline(Step("a", version="1")), "serve.pipelines.p.steps[0].version: versions are the fleet's"),
+        (pipeline(Step("a"), Step("p")), "serve.pipelines.p.steps[1].model: 'p' is a pipeline itself"),
+        ({"pipelines": {"p": {"inputs": ["x"], "outputs": ["y"]}}}, "steps"),
         ({"models": {"pump": {"burst": 2}}}, "burst is given without rate"),
         ({"clients": {"*": {"rate": 0}}}, "rate"),
     ],
@@ -85,7 +99,10 @@ def test_the_environment_switches_it_on():
 
 
 def test_files_are_found_from_the_configuration():
-    said = {"token_file": "tokens", "mqtt": {"credentials_file": "mqtt.toml", "ca_file": "/ca.pem"}}
+    said = {
+        "token_file": "tokens",
+        "mqtt": {"credentials_file": "mqtt.toml", "tls": True, "ca_file": "/ca.pem"},
+    }
     found = with_files(parse({"serve": said}), Path("/etc/pithead")).serve
     assert found.token_file == "/etc/pithead/tokens"
     assert found.mqtt is not None
@@ -298,12 +315,15 @@ def test_the_status_shows_it():
         device="dev-1", name="", hardware="h", server="s", broker="b", supervisor_running=True, engine_pid=1,
         revision=1, models=(status.ModelStatus("pump", served=model),),
         serve=ServeState(
-            "listening", url="http://127.0.0.1:8000", mqtt="failed", mqtt_detail="refused", models=(model,)
+            "listening", url="http://127.0.0.1:8000", mqtt="failed", mqtt_detail="refused", models=(model,),
+            pipelines=(PipelineState("line", requests=4, errors=1), PipelineState("p", "no model 'x'")),
         ),
     )  # fmt: skip
     text = status.render(found)
     assert "serving     listening http://127.0.0.1:8000\n" in text
     assert "MQTT failed refused\n" in text
+    assert "pipeline line 4 requests, 1 errors\n" in text
+    assert "pipeline p cannot be asked: no model 'x', 0 errors\n" in text
     assert "served    failed, 7 requests, 2 errors: inference.load_failed x\n" in text
     broken = msgspec.structs.replace(found, serve=ServeState("failed", code="config.invalid", detail="taken"))
     assert "serving     failed: config.invalid taken\n" in status.render(broken)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -21,8 +22,8 @@ from agent.core.layout import Layout
 from agent.core.plan import Fetch, Probe
 from agent.core.settings import AgentSettings, Lane
 from agent.core.slots import Installed, Serving, Slots
-from agent.ports import Configure, FitResult, Hello, LaneState, Product
-from agent.service import children, engine_process, events, vitals
+from agent.ports import Configure, FitResult, Hello, LaneState, Product, SinkState
+from agent.service import bypass, children, engine_process, events, vitals
 from agent.service.children import Children, Download
 from agent.service.engine_process import EngineKeeper
 from agent.service.intake import MOST_UNSTORED, Intake
@@ -36,7 +37,18 @@ from agent.store.slots import SlotStore
 from agent.store.state import StateStore
 from contract import codec
 from contract.errors import PitheadError
-from contract.messages import Anomaly, Desired, Envelope, ModelAssignment, PriorityClass, Receipt, Reported
+from contract.messages import (
+    Ailing,
+    Anomaly,
+    Bypass,
+    Desired,
+    Envelope,
+    Health,
+    ModelAssignment,
+    PriorityClass,
+    Receipt,
+    Reported,
+)
 from tests.agent.conftest import Assign
 from tests.engine.conftest import make_package
 
@@ -540,6 +552,45 @@ def test_health_has_plausible_numbers(bench: Bench):
     assert 0 < body["memory_percent"] < 100
     assert body["agent_pss_bytes"] > 10_000_000
     assert body["disk_free_bytes"] > 0
+
+
+def test_health_says_of_the_bypass_and_of_what_ails_whoever_wrote_it(bench: Bench):
+    reporter = Reporter(bench.world, bench.outbox, CLOCK)
+
+    def sent() -> Health:
+        reporter.health(engine_pid=None, engine_restarts=0, connected_s=None, clock_offset_s=None)
+        body = bench.records(PriorityClass.HEALTH)[-1].body
+        assert isinstance(body, Health)
+        return body
+
+    quiet = sent()
+    assert (quiet.bypass, quiet.ailing) == (None, ())
+    assert not reporter.has_news()
+    sinks = (
+        SinkState("hook", "http", "failed", lost=2, waiting=3, code="sink.failed", detail="refused"),
+        SinkState("lamp", "modbus", "bypassed"),
+        SinkState("log\0", "file", "working", sent=9),
+    )
+    lane = LaneState("line", "pump", "failed", code="source.failed", detail="no route", sinks=sinks)
+    bench.world.lane_said(lane, bench.now)
+    bypass.switch_on(bench.layout.bypass, datetime(2026, 3, 1, 12, tzinfo=UTC), "ann\0", "valve " * 1000)
+    assert reporter.has_news()
+    body = sent()
+    assert body.bypass is not None
+    assert (body.bypass.since, body.bypass.who) == (1_772_366_400_000_000, "ann")
+    assert len(body.bypass.why) == 2000
+    assert body.ailing == (
+        Ailing("line", "sink", "failed", "hook", "http", "sink.failed", "refused", waiting=3, lost=2),
+        Ailing("line", "source", "failed", code="source.failed", detail="no route"),
+    )
+    bench.world.lane_said(msgspec.structs.replace(lane, windows=7), bench.now)
+    assert not reporter.has_news(), "counts are none"
+    bench.world.lane_said(LaneState("line", "pump", "running", machine="unknown"), bench.now)
+    assert reporter.has_news()
+    assert [(each.what, each.state, each.code) for each in sent().ailing] == [("machine", "unknown", None)]
+    bench.layout.bypass.write_bytes(b"")  # by touch
+    os.utime(bench.layout.bypass, (5, 5))
+    assert sent().bypass == Bypass(5_000_000)
 
 
 def test_vitals_agree_with_psutil():

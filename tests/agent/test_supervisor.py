@@ -22,6 +22,7 @@ from control_plane.services import desired
 from control_plane.services.releases import assignment
 from control_plane.store.database import Database
 from simulator.plant import BIN, Plant
+from tests.engine.conftest import free_port
 
 pytestmark = pytest.mark.xdist_group("supervisor")
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,11 @@ class Site:
                 replace(assignment(tx, "shuttle", version), **more) for version, more in wanted
             ]
             desired.change(tx, device, lambda d: replace(d, models=tuple(models), reporting=reporting))
+
+    def health(self, device: str) -> dict[str, Any]:
+        """Return a device's newest health as operators get it."""
+        found: dict[str, Any] = self.plant.api.get(f"/api/v1/devices/{device}")["health"]
+        return found
 
     def receipts(self, device: str) -> list[tuple[str, str, str | None]]:
         """Return (version, state, code) of a device's receipts as the control plane stored them."""
@@ -224,6 +230,10 @@ def test_a_version_comes_to_service_and_the_engine_outlives_its_supervisor(
     before = device.windows()
     device.signal(signal.SIGKILL)
     assert "supervisor  not running" in device.agent("status").stdout
+    with (device.root / "etc/pithead/agent.toml").open("a") as config:
+        config.write(
+            f'[[lanes.sinks]]\nkind = "http"\nwhen = "every window"\nurl = "http://127.0.0.1:{free_port()}/"\n'
+        )
     device.start()
     wait_until(lambda: device.windows() > before, "the same engine to be heard again")
     assert device.engine() == engine
@@ -241,6 +251,21 @@ def test_a_version_comes_to_service_and_the_engine_outlives_its_supervisor(
     assert status["models"][0]["serving"]["version"] == "1.0.0"
     assert status["models"][0]["wanted"][0]["state"] == "confirmed"
     assert device.agent("doctor").returncode == 0
+
+    # What stops its sinks is seen from afar.
+    device.agent("bypass", "on", "--why", "valve is out")
+    wait_until(
+        lambda: {"bypass", "ailing"} <= site.health(device.id).keys(), "the control plane to know of both"
+    )
+    told = site.health(device.id)
+    assert told["bypass"]["why"] == "valve is out"
+    (hook,) = told["ailing"]
+    assert (hook["lane"], hook["what"], hook["sink"], hook["code"]) == ("line", "sink", "http", "sink.failed")
+    shown = site.plant.pithead("devices", "show", device.id)
+    assert ": valve is out" in shown
+    assert "lane line: sink http failed" in shown
+    device.agent("bypass", "off")
+    wait_until(lambda: "bypass" not in site.health(device.id), "and of its end")
 
     device.stop()
     assert device.engine() is None

@@ -62,7 +62,7 @@ def anomaly(score: float = 2.0, **fields: Any) -> Anomaly:
     )
 
 
-def health() -> Health:
+def health(**fields: Any) -> Health:
     return Health(
         uptime_s=1.0,
         cpu_percent=2.0,
@@ -70,10 +70,11 @@ def health() -> Health:
         agent_pss_bytes=4,
         disk_free_bytes=5,
         outbox=OutboxHealth(records=0, bytes=0),
+        **fields,
     )
 
 
-def summary() -> ModelSummary:
+def summary(**fields: Any) -> ModelSummary:
     sketch = SketchBuilder()
     for value in range(1, 101):
         sketch.add(float(value))
@@ -83,7 +84,9 @@ def summary() -> ModelSummary:
         bucket_start=NOW,
         bucket_s=60.0,
         count=100,
+        muted=7,
         latency_us=sketch.build(),
+        **fields,
     )
 
 

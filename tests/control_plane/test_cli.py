@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from contract import codec, topics
 from contract.bundle import ENROL_PATH, DeviceFacts, EnrolRequest, EnrolResponse
 from contract.messages import (
+    Ailing,
     AssignmentState,
+    Bypass,
     RejectedVersion,
     Reported,
     ReportedModel,
@@ -26,7 +28,7 @@ from contract.messages import (
 from control_plane.cli.devices import reasons
 from provisioning.site import Site
 from simulator.plant import BIN, Plant
-from tests.control_plane.messages import anomaly, envelope, health, receipt
+from tests.control_plane.messages import NOW, anomaly, envelope, health, receipt, summary
 from tests.services import BrokerSite, Connection, device_identity, request_for, wait_for
 
 pytestmark = pytest.mark.xdist_group("plant")
@@ -74,13 +76,15 @@ def seen_device(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> str:
         model_name="shuttle", active=slot, last_good=slot, lane="running", rejected=(rejected,)
     )
     refused = receipt(AssignmentState.REFUSED, code="probe.golden_mismatch", detail="12 of 16 differ")
+    sick = Ailing("press", "sink", "failed", "hook", "http", "sink.failed", "no route", waiting=4, lost=2)
     for batch in (
         [
             envelope(refused, 1, device=device),
             envelope(Reported(revision=0, models=(model,), hardware="rpi4"), 2, device=device),
         ],
         [envelope(anomaly(7.5, source="replay", source_ref="row 12"), 1, device=device)],
-        [envelope(health(), 1, device=device)],
+        [envelope(summary(), 1, device=device)],
+        [envelope(health(bypass=Bypass(NOW, "ann", "valve is out"), ailing=(sick,)), 1, device=device)],
     ):
         payload, kind = codec.encode_batch(batch)
         connection.publish(topics.records(device, batch[0].priority), payload, content_type=kind)
@@ -187,8 +191,16 @@ def test_a_broken_command_of_another_package_breaks_no_other(tmp_path: Path, run
 def test_what_runs_where(run: Run, seen_device: str) -> None:
     done = run("devices", "list", "--label", "site=south")
     (line,) = [line for line in done.stdout.splitlines() if seen_device in line]
-    for part in ("furnace 2", "shuttle 1.0.0", "1 rejected", "site=south", "rpi4"):
+    for part in ("furnace 2", "shuttle 1.0.0", "1 rejected", "site=south", "rpi4", " bypassed"):
         assert part in line
+
+
+def test_devices_that_tell_of_trouble_are_found(run: Run, seen_device: str, plant: Plant) -> None:
+    other = _enrol(plant)
+    plant.api.patch(f"/api/v1/devices/{other}", {"name": "oven"})
+    for option, found in (("--troubled", {seen_device}), ("--untroubled", {other})):
+        listed = run("devices", "list", "--label", "site=south", option).stdout
+        assert {device for device in (seen_device, other) if device in listed} == found
 
 
 def test_and_why(run: Run, seen_device: str) -> None:
@@ -202,6 +214,10 @@ def test_and_why(run: Run, seen_device: str) -> None:
         "shuttle 1.1.0 rejected: probe.golden_mismatch: 12 of 16 differ",
         "The model, the runtime or the kernel differs",
         "refused",
+        "bypassed: no control is written, since 20",
+        " by ann: valve is out",
+        "lane press: sink hook (http) failed, 4 waiting, 2 lost: sink.failed: no route. ",
+        "MUTED",
     ):
         assert part in done.stdout, done.stdout
 
@@ -209,6 +225,7 @@ def test_and_why(run: Run, seen_device: str) -> None:
 def test_json_for_programs(run: Run, seen_device: str) -> None:
     shown: dict[str, Any] = json.loads(run("devices", "show", seen_device, "-o", "json").stdout)
     assert shown["reported"]["models"][0]["rejected"][0]["code"] == "probe.golden_mismatch"
+    assert (shown["summaries"][0]["muted"], shown["health"]["ailing"][0]["lost"]) == (7, 2)
     listed = json.loads(run("anomalies", "list", "--device", seen_device, "--output", "json").stdout)
     assert [entry["score"] for entry in listed] == [7.5]
 

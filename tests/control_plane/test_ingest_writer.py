@@ -9,7 +9,7 @@ from sqlmodel import Session, select
 
 from contract import codec, topics
 from contract.codec import JSON_ZSTD, MAX_DECODED, MAX_PAYLOAD
-from contract.messages import PriorityClass, Reported, Status
+from contract.messages import Ailing, Bypass, PriorityClass, Reported, Status
 from control_plane.ingest.decode import MAX_EPOCHS, MAX_RECORDS, Decoded, Inbound, decode
 from control_plane.ingest.watermark import MAX_RANGES
 from control_plane.ingest.writer import LETTERS, Writer, Written
@@ -84,12 +84,47 @@ def test_every_kind_is_stored(database: Database, writer: Writer) -> None:
         assert telemetry.health(tx, ALL)[0].body["cpu_percent"] == 2.0
         stored = telemetry.summaries(tx, ALL)[0]
         assert stored.latency_p95_us == pytest.approx(95, rel=0.02)
+        assert stored.muted == 7
         device = devices.device(tx, DEVICE)
     assert device.reported is not None
     assert (device.reported.revision, device.hardware) == (3, "rpi5")
     assert device.health is not None
     assert (device.last_seen, device.clock_skew_us) == (NOW, 1000)
     assert acked(written)["e1", "receipt"] == (2, ())
+
+
+def test_the_newest_summary_of_each_model_and_source_is_found(database: Database, writer: Writer) -> None:
+    many = [
+        summary(),
+        summary(),
+        msgspec.structs.replace(summary(), bucket_start=NOW + 60_000_000, muted=1),
+        msgspec.structs.replace(summary(source="serve"), bucket_start=NOW - 60_000_000, muted=0),
+    ]
+    writer.write([message([envelope(each, seq) for seq, each in enumerate(many, 1)])])
+    with database.reading() as tx:
+        newest = telemetry.newest_summaries(tx, DEVICE)
+    assert [(s.source, s.bucket_start - NOW, s.muted) for s in newest] == [
+        ("lane", 60_000_000, 1),
+        ("serve", -60_000_000, 0),
+    ]
+
+
+def test_devices_are_found_by_their_trouble(database: Database, writer: Writer) -> None:
+    def found(*, troubled: bool) -> list[str]:
+        with database.reading() as tx:
+            return [d.id for d in devices.devices(tx, troubled=troubled)]
+
+    why = '"ailing":[ "bypass":{'
+    sick = Ailing("press", "lane", "failed", code="source.failed", detail="no route")
+    for seq, body, troubled in (
+        (1, health(), False),
+        (2, health(bypass=Bypass(NOW, why=why)), True),
+        (3, health(ailing=(msgspec.structs.replace(sick, detail=why),)), True),
+        (4, health(), False),
+    ):
+        writer.write([message([envelope(body, seq)])])
+        assert (DEVICE in found(troubled=True), DEVICE in found(troubled=False)) == (troubled, not troubled)
+    assert OTHER in found(troubled=False), "of which nothing is known"
 
 
 def test_repetitions_count_once(database: Database, writer: Writer) -> None:

@@ -147,13 +147,20 @@ def make_package(
     score: Score | None = None,
     clip: float | None = 6.0,
     features: tuple[Feature, ...] = (),
+    content: bytes | None = None,
+    accelerators: tuple[str, ...] = (),
 ) -> Package:
-    """Write the objects of a package with one variant; ``kind`` is int8 or float32, then the format."""
+    """Write the objects of a package with one variant; ``kind`` is int8 or float32, then the format.
+
+    ``content`` is its model, where it is to be a special one.
+    """
     quantisation, model_format = kind.split(".")
     builder = tflite_builder if model_format == "tflite" else onnx_builder
     width = (sum(height(f, window) for f in features) or window) * len(channels)
     model = net or network(width)
-    if quantisation == "int8":
+    if content is not None:
+        pass
+    elif quantisation == "int8":
         calibration = np.random.default_rng(3).normal(size=(256, width)) * 2.5
         content = builder.build_int8(quantise_network(model, calibration), "test")
     else:
@@ -176,7 +183,7 @@ def make_package(
                 inputs=session.inputs,
                 outputs=session.outputs,
                 golden=Golden(ref, 1, {}),
-                accelerators=("cpu", "xnnpack") if model_format == "tflite" else ("cpu",),
+                accelerators=("cpu", *(("xnnpack",) if model_format == "tflite" else ()), *accelerators),
             ),
         ),
         provenance=Provenance(source="test", data="made up"),

@@ -5,7 +5,6 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ import msgspec
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion
 
 from agent.engine.clock import Clock
@@ -25,6 +21,7 @@ from agent.engine.sources.mqtt import Rows
 from agent.engine.window import Windower
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
+from tests.engine.certificates import Identity
 from tests.engine.conftest import CHANNELS, Engine, free_port, make_package, until
 
 MOSQUITTO = Path("/usr/sbin/mosquitto")
@@ -233,36 +230,10 @@ def test_a_lane_lives_through_a_broker_that_goes_and_comes(tmp_path: Path, engin
         supervisor.until_state(state="failed")
 
 
-def certificate(directory: Path) -> tuple[Path, Path]:
-    """A certificate of its own authority for 127.0.0.1."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    paths = directory / "tls.pem", directory / "tls.key"
-    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    paths[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return paths
-
-
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <ssl.SSLSocket")
 def test_tls_with_a_password_from_a_file(tmp_path: Path, closing: list[Any]):
-    cert, key = certificate(tmp_path)
+    own = Identity(tmp_path, "tls")
+    cert, key = own.certificate, own.key
     passwords = tmp_path / "passwords"
     passwords.write_text("plant:secret\n")
     subprocess.run(["/usr/bin/mosquitto_passwd", "-U", passwords], check=True, capture_output=True)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, Queue
@@ -17,8 +18,10 @@ from paho.mqtt.properties import Properties
 
 from agent.core.serve_models import Client, ServedModel
 from agent.core.settings import Serve, ServeMqtt
+from agent.engine.serve import codec
 from agent.engine.serve.catalogue import Limits
-from agent.engine.serve.messages import Counts, Responder, usable
+from agent.engine.serve.exchange import Counts, usable
+from agent.engine.serve.messages import Responder
 from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.served import Done
 from agent.engine.serve.service import Service
@@ -63,6 +66,8 @@ class Asker:
         qos: int = 1,
         expiry: int | None = None,
         user: tuple[str, str] | None = None,
+        *,
+        retain: bool = False,
     ) -> None:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if to is not None:
@@ -72,7 +77,7 @@ class Asker:
             properties.MessageExpiryInterval = expiry
         if user is not None:
             properties.UserProperty = user
-        self.client.publish(topic, body, qos=qos, properties=properties)
+        self.client.publish(topic, body, qos=qos, retain=retain, properties=properties)
 
     def answer(self, timeout_s: float = 10.0) -> paho.MQTTMessage:
         try:
@@ -349,8 +354,74 @@ def test_credentials_are_given_and_their_lack_is_said(engine: Engine, made: Pack
         ("a/#", False),
         ("pithead/infer/demo", False),
         ("pithead/inferno", True),
+        ("pithead/v1/press-0001/up/alerts", False),
+        ("pithead/v1/press-0001/down/desired", False),
         ("x" * 1025, False),
     ],
 )
 def test_where_an_answer_may_go(topic: str, fits: bool):  # noqa: FBT001 - a table's column
     assert usable(topic, "pithead/infer") is fits
+
+
+def test_answers_can_be_kept_to_a_place():
+    assert [usable(topic, "p", "answers") for topic in ("answers/1", "answers", "answers2/1", "plc/set")] == [
+        *(True, False, False, False)
+    ]
+
+
+class Odd(Service):
+    """Answers what its model's name says."""
+
+    def __init__(self) -> None:
+        super().__init__([], Limits())
+
+    def submit(self, request: InferRequest, done: Done) -> None:
+        values = np.zeros(40_000 if request.model == "long" else 1, np.float32)
+        answer: Any = object() if request.model == "odd" else InferResponse("demo", "1", {"y": values})
+        done(answer)
+
+
+def test_one_request_costs_no_other_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is retained, too large for the broker, or breaks something, is dealt with: its place is free."""
+    where: dict[int, str] = {}
+    decode = codec.decode
+
+    def seen(*arguments: Any, **more: Any) -> Any:
+        decoded = decode(*arguments, **more)
+        where[len(arguments[2])] = threading.current_thread().name
+        return decoded
+
+    monkeypatch.setattr(codec, "decode", seen)
+    broker = Broker(tmp_path, "allow_anonymous true\nmax_packet_size 100000")
+    one = Asker(broker)
+    small = b'{"inputs": []}'
+    large = small + b" " * 70_000
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        one.ask(small, retain=True, correlation=b"retained")
+        responder = Responder(ServeMqtt(port=broker.port, concurrency=1), Odd(), CLOCK)
+        try:
+            while responder.state != "connected" or not responder.counts.dropped:
+                responder.tick(loop.time())
+                await asyncio.sleep(0.01)
+            for model, body, code in (
+                ("odd", small, "internal.error"),
+                ("long", small, "serve.too_large"),
+                ("demo", large, ""),
+                ("demo", small, ""),
+            ):
+                one.ask(body, f"pithead/infer/{model}")
+                found = await loop.run_in_executor(None, one.answer)
+                assert users(found).get("error-code", "") == code
+            assert responder.counts.dropped == 1
+        finally:
+            await responder.close()
+
+    try:
+        asyncio.run(test())
+    finally:
+        one.end()
+        broker.end()
+    assert where[len(small)] == threading.main_thread().name
+    assert where[len(large)] != where[len(small)]

@@ -23,6 +23,7 @@ from agent.engine.serve.tokens import new
 from agent.ports import LaneState, ModelSpec, ServeSpec, ServeState
 from contract.messages import ModelSummary
 from models.dense import Layer, Network
+from tests.engine.certificates import Identity
 from tests.engine.conftest import (
     CHANNELS,
     Engine,
@@ -36,7 +37,6 @@ from tests.engine.conftest import (
     until,
     write_csv,
 )
-from tests.engine.test_mqtt import certificate
 from tests.serve.grpc_client import Client, array, message
 
 
@@ -512,10 +512,12 @@ def test_an_int8_model_takes_real_values(engine: Engine, tmp_path: Path):
 def test_a_certificate_that_is_renewed_is_shown_without_a_new_order(engine: Engine, tmp_path: Path):
     made = package(tmp_path)
     spec = model(made)
-    cert, key = certificate(tmp_path)
+    own = Identity(tmp_path, "tls")
+    cert, key = own.certificate, own.key
     renewed = tmp_path / "renewed"
     renewed.mkdir()
-    later = certificate(renewed)
+    other = Identity(renewed, "tls")
+    later = other.certificate, other.key
     supervisor = engine.connect()
     tls = settings(http_port=free_port(), tls_certificate_file=str(cert), tls_key_file=str(key))
     supervisor.configure(serve=ServeSpec(tls, (spec,)))

@@ -26,6 +26,7 @@ from agent.engine.sinks.queue import Queue
 from agent.engine.sinks.tray import which
 from agent.engine.sinks.worker import ControlWorker
 from agent.service import bypass
+from agent.service.ailing import ailing
 from agent.wiring import read_settings
 from contract.errors import PitheadError
 from tests.engine.conftest import Engine, Supervisor, free_port, make_package, samples, until, write_csv
@@ -121,6 +122,14 @@ def test_messages_go_to_a_file_a_webhook_and_a_broker_and_a_dead_one_holds_nobod
         supervisor.until(lambda: hook.got and len(got) > 2 and sink(supervisor, 3).lost > 10, "all have some")
         dead = sink(supervisor, 3)
         assert (dead.name, dead.state, dead.code, dead.sent) == ("dead", "failed", "sink.failed", 0)
+        (told,) = ailing([supervisor.state()])
+        assert (told.lane, told.what, told.sink, told.kind) == ("one", "sink", "dead", "http")
+        assert (told.state, told.code, told.waiting > 0, told.lost > 10) == (
+            "failed",
+            "sink.failed",
+            True,
+            True,
+        )
         supervisor.until(lambda: supervisor.state().windows > 150, "the lane goes on at its pace")
         assert supervisor.state().state == "running"
         lines = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -187,6 +196,7 @@ def test_a_controller_gets_the_alarm_and_the_safe_value_at_the_end(
     assert (supervisor.state().digest, supervisor.state().windows > windows) == (digest, True)
     assert engine.log.count("lane.swapped") == 1
 
+    supervisor.close()
     assert engine.stop() == 0
     assert (read(plc, 3, 10), read(plc, 1, 3)) == (9, False)
 

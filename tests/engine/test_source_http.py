@@ -21,8 +21,9 @@ from agent.engine.sources.base import Source
 from agent.engine.sources.http import Order, Refused, Row, decoded
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
+from tests.engine.certificates import Identity
 from tests.engine.conftest import CHANNELS, Engine, free_port, make_package, until
-from tests.engine.test_mqtt import CLOCK, certificate
+from tests.engine.test_mqtt import CLOCK
 
 NOW = 1_800_000_000_000_000
 
@@ -218,9 +219,9 @@ def test_beyond_loopback_a_token_is_needed(pusher: Callable[..., Pusher], tmp_pa
 
 
 def test_tls(pusher: Callable[..., Pusher], tmp_path: Path):
-    cert, key = certificate(tmp_path)
-    at = pusher(certificate_file=str(cert), key_file=str(key))
-    context = ssl.create_default_context(cafile=cert)
+    own = Identity(tmp_path, "push")
+    at = pusher(**own.files)
+    context = ssl.create_default_context(cafile=own.certificate)
     client = http.client.HTTPSConnection("localhost", at.port, context=context, timeout=10)
     client.request("POST", "/samples", b'{"values": [1, 2, 3]}')
     assert client.getresponse().status == 202

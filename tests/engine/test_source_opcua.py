@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,19 @@ from asyncua import Server, ua
 from asyncua.crypto.permission_rules import User, UserRole
 from asyncua.crypto.truststore import TrustStore
 from asyncua.crypto.validator import CertificateValidator, CertificateValidatorOptions
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from agent.engine.sources import check, open_source
 from agent.engine.sources.base import Source
 from agent.engine.sources.marks import Marks, Texts
 from contract.errors import PitheadError
 from contract.manifest import Channel, Pipeline
+from tests.engine.certificates import Identity
 from tests.engine.conftest import Engine, free_port, make_package, until
 from tests.engine.test_mqtt import CLOCK
 
 URI = "urn:plant:press"
 NAMES = ("a", "b", "c")
+SECURE = {"security_policy": "Basic256Sha256", "key_file": "k", "server_certificate_file": "s"}
 
 
 class Users:
@@ -288,76 +286,36 @@ def test_a_lane_lives_through_a_server_that_goes_and_comes(tmp_path: Path, engin
 # ---- security
 
 
-def certificate(directory: Path, name: str, uri: str) -> tuple[Path, Path]:
-    """An application's certificate of its own, and its key."""
-    key = rsa.generate_private_key(65537, 2048)
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    usage = {
-        "digital_signature": True,
-        "content_commitment": True,
-        "key_encipherment": True,
-        "data_encipherment": True,
-        "key_agreement": False,
-        "key_cert_sign": True,
-        "crl_sign": False,
-        "encipher_only": False,
-        "decipher_only": False,
-    }
-    now = datetime.now(UTC)
-    names = [
-        x509.UniformResourceIdentifier(uri),
-        x509.DNSName("localhost"),
-        x509.IPAddress(ip_address("127.0.0.1")),
-    ]
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(**usage), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH, x509.OID_CLIENT_AUTH]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    paths = directory / f"{name}.der", directory / f"{name}.pem"
-    paths[0].write_bytes(made.public_bytes(serialization.Encoding.DER))
-    paths[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return paths
-
-
-def test_basic256sha256_with_certificates_and_a_password(tmp_path: Path, opened: Callable[..., Source]):
-    server_cert, server_key = certificate(tmp_path, "server", "urn:freeopcua:python:server")
-    other_cert, _ = certificate(tmp_path, "other", "urn:freeopcua:python:server")
-    own_cert, own_key = certificate(tmp_path, "device", "urn:pithead:device:7")
-    stranger_cert, stranger_key = certificate(tmp_path, "stranger", "urn:pithead:device:8")
-    trusted = tmp_path / "trusted"
+def secured(directory: Path, trusts: Identity) -> tuple[Identity, Callable[[Server], Any]]:
+    """Return a server's identity, and what makes a server speak with ``trusts`` alone."""
+    own = Identity(directory, "server", uri="urn:freeopcua:python:server")
+    trusted = directory / "trusted"
     trusted.mkdir()
-    (trusted / "device.der").write_bytes(own_cert.read_bytes())
+    (trusted / "device.der").write_bytes(trusts.certificate.read_bytes())
 
     async def setup(server: Server) -> None:
         server.set_security_policy([ua.SecurityPolicyType.Basic256Sha256_SignAndEncrypt])
-        await server.load_certificate(str(server_cert))
-        await server.load_private_key(str(server_key))
+        await server.load_certificate(str(own.certificate))
+        await server.load_private_key(str(own.key))
         store = TrustStore([trusted], [])
         await store.load()
         options = CertificateValidatorOptions.TRUSTED_VALIDATION | CertificateValidatorOptions.URI
         server.set_certificate_validator(CertificateValidator(options, store))
 
+    return own, setup
+
+
+def test_basic256sha256_with_certificates_and_a_password(tmp_path: Path, opened: Callable[..., Source]):
+    other = Identity(tmp_path, "other", uri="urn:freeopcua:python:server")
+    own = Identity(tmp_path, "device", uri="urn:pithead:device:7")
+    stranger = Identity(tmp_path, "stranger", uri="urn:pithead:device:8")
+    server, setup = secured(tmp_path, own)
     secret = tmp_path / "credentials.toml"
     secret.write_text('username = "plant"\npassword = "secret"\n')
     table = {
         "security_policy": "Basic256Sha256",
-        "certificate_file": str(own_cert),
-        "key_file": str(own_key),
-        "server_certificate_file": str(server_cert),
+        **own.files,
+        "server_certificate_file": str(server.certificate),
         "credentials_file": str(secret),
     }
     machine = Machine(setup=setup, user_manager=Users())
@@ -371,13 +329,12 @@ def test_basic256sha256_with_certificates_and_a_password(tmp_path: Path, opened:
         assert "guess" not in words
         assert "access" in words.lower()
         failure(opened(machine, names=("a",), **table | {"credentials_file": None}))
-        stranger = {"certificate_file": str(stranger_cert), "key_file": str(stranger_key)}
-        failure(opened(machine, names=("a",), **table | stranger))
-        failure(opened(machine, names=("a",), **table | {"server_certificate_file": str(other_cert)}))
+        failure(opened(machine, names=("a",), **table | stranger.files))
+        failure(opened(machine, names=("a",), **table | {"server_certificate_file": str(other.certificate)}))
         plain = dict.fromkeys(("certificate_file", "key_file", "server_certificate_file"))
         failure(opened(machine, names=("a",), **table | plain | {"security_policy": None}))
         assert secret.name not in failure(
-            opened(machine, names=("a",), **table | {"key_file": str(server_cert)})
+            opened(machine, names=("a",), **table | {"key_file": str(server.certificate)})
         )
     finally:
         machine.end()
@@ -393,8 +350,9 @@ def test_basic256sha256_with_certificates_and_a_password(tmp_path: Path, opened:
         ({"security_policy": "None"}, "config.invalid", "security_policy"),
         ({"security_policy": "Basic256Sha256"}, "config.invalid", "certificate_file is missing"),
         ({"credentials_file": "/no/such"}, "source.failed", "credentials_file"),
-        ({"certificate_file": "/no/such"}, "source.failed", "certificate_file"),
-        ({"certificate_file": __file__}, "source.failed", "certificate_file"),
+        ({**SECURE, "certificate_file": "/no/such"}, "source.failed", "certificate_file"),
+        ({**SECURE, "certificate_file": __file__}, "source.failed", "certificate_file"),
+        ({"certificate_file": "/no/such"}, "config.invalid", "certificate_file stands without"),
         ({"sample_ms": 1}, "config.invalid", "sample_ms"),
     ],
 )

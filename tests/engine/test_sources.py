@@ -219,7 +219,7 @@ def test_another_sample_rate_opens_the_source_again_only_where_it_counts(
     [
         (None, {}, "source.failed", "No such file"),
         ("a,b\n1,2\n", {}, "source.failed", "no column 'c'"),
-        ("a;b;c\n1;2;3\n", {}, "source.failed", "no column 'a'"),
+        ("a:b:c\n1:2:3\n", {}, "source.failed", "no column 'a'"),
         ("a,b,c\n1,2,x\n", {}, "source.failed", "line 2"),
         ("a,b,c\n1,2\n", {}, "source.failed", "line 2"),
         ("a,b,c\n", {}, "source.failed", "no rows"),

@@ -15,6 +15,7 @@ from contract.manifest import Budget, Golden, Manifest, Provenance, Variant
 from inference.registry import open_session
 from models import assemble, dense, golden, package
 from models.package import reference_to
+from tests.inference.native.build import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,10 +140,4 @@ def single(tmp_path: Path) -> Callable[..., tuple[Manifest, dict[str, Path]]]:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An external TFLite delegate, built here."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    assert compiler is not None, "install gcc: the tests build a delegate"
-    source = Path(__file__).parent / "native" / "delegate.c"
-    built = tmp_path_factory.mktemp("native") / "libdense.so"
-    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([compiler, *flags, "-o", str(built), str(source)], check=True)
-    return built
+    return build(tmp_path_factory.mktemp("native"))

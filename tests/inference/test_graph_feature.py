@@ -202,8 +202,9 @@ def test_a_graph_that_mixes_windows_is_refused(tmp_path: Path):
     assert "all vectors at once" in report.detail
 
 
-def test_another_graph_than_the_golden_vectors_are_of_is_refused(tmp_path: Path):
-    made = Packaged(tmp_path, middle_and_spread(tmp_path / "f.onnx"))
+@pytest.mark.parametrize("kind", ["float32.tflite", "float32.onnx"])
+def test_another_graph_than_the_golden_vectors_are_of_is_refused(tmp_path: Path, kind: str):
+    made = Packaged(tmp_path, middle_and_spread(tmp_path / "f.onnx"), kind=kind)
     nodes = [
         helper.make_node("ReduceMean", ["x", "axis"], ["m"], keepdims=1),
         helper.make_node("Concat", ["m", "m"], ["y"], axis=1),

@@ -14,13 +14,14 @@ from ai_edge_litert import schema_py_generated as schema
 from onnx import TensorProto, helper
 
 from contract.errors import PitheadError
-from contract.manifest import TensorSpec
+from contract.manifest import Channel, Pipeline, Score, TensorSpec
 from inference import registry
 from inference.accelerators import NO_LIMITS, Resources
 from inference.arithmetic import dequantise, quantise
 from inference.made_up import made_up
 from inference.reals import RealSession
 from inference.registry import open_session
+from inference.scoring import Scorer
 from models import golden
 from models.assemble import Assembled
 
@@ -74,8 +75,8 @@ def tflite(codes: list[int], graphs: list[Any], constants: list[np.ndarray]) -> 
     return bytes(builder.Output())
 
 
-def with_resource() -> bytes:
-    """Adds its input to a variable that is a resource, and gives the sum."""
+def with_resource(each: float = 0.0) -> bytes:
+    """Adds its input to a variable that is a resource, and ``each`` after every run; gives the sum before."""
     b, o, t = schema.BuiltinOperator, schema.BuiltinOptions, schema.TensorType
     named = schema.VarHandleOptionsT()
     named.container, named.sharedName = "", "state"
@@ -85,13 +86,15 @@ def with_resource() -> bytes:
     main.tensors = [
         tensor("x", t.FLOAT32, [1, 2]), tensor("handle", t.RESOURCE, []),
         tensor("before", t.FLOAT32, [1, 2]), tensor("sum", t.FLOAT32, [1, 2]),
+        tensor("each", t.FLOAT32, [1, 2], 2), tensor("after", t.FLOAT32, [1, 2]),
     ]  # fmt: skip
     main.operators = [
         operator(4, [], [], (o.CallOnceOptions, once)),
         operator(0, [], [1], handle),
         operator(1, [1], [2], (o.ReadVariableOptions, schema.ReadVariableOptionsT())),
         operator(2, [0, 2], [3], (o.AddOptions, schema.AddOptionsT())),
-        operator(3, [1, 3], [], (o.AssignVariableOptions, schema.AssignVariableOptionsT())),
+        operator(2, [3, 4], [5], (o.AddOptions, schema.AddOptionsT())),
+        operator(3, [1, 5], [], (o.AssignVariableOptions, schema.AssignVariableOptionsT())),
     ]
     main.inputs, main.outputs = [0], [3]
     init.tensors = [tensor("handle", t.RESOURCE, []), tensor("zero", t.FLOAT32, [1, 2], 1)]
@@ -101,7 +104,7 @@ def with_resource() -> bytes:
     ]
     init.inputs, init.outputs = [], []
     codes = [b.VAR_HANDLE, b.READ_VARIABLE, b.ADD, b.ASSIGN_VARIABLE, b.CALL_ONCE]
-    return tflite(codes, [main, init], [np.zeros((1, 2), np.float32)])
+    return tflite(codes, [main, init], [np.zeros((1, 2), np.float32), np.full((1, 2), each, np.float32)])
 
 
 def with_variable() -> bytes:
@@ -210,6 +213,16 @@ def test_variables_are_kept_between_runs_until_they_are_reset(
     assert golden.record(session, [{"x": x}, {"x": x}]) == vectors, "recorded from the same state"
 
 
+def test_a_lanes_warm_up_leaves_no_trace_in_the_variables():
+    session = open_session(with_resource(each=5), "tflite")
+    channels = Channel("a"), Channel("b")
+    pipeline = Pipeline(channels=channels, window=1, stride=1, mean=(0.0, 0.0), scale=(1.0, 1.0))
+    score = Score(method="reconstruction_mse", threshold=1.0)
+    Scorer(session, pipeline, score, session.inputs, session.outputs).warm_up()
+    first = session.run({"x": np.array([[1, 2]], np.float32)})["sum"]
+    assert float(first[0, 0]) == 1, "nothing was there before"
+
+
 def test_an_onnx_model_has_nothing_to_reset(assembled: Assembled):
     session = assembled.session("int8-onnx")
     x = np.ones((1, 4), np.float32)
@@ -232,6 +245,18 @@ def test_a_quantised_input_takes_real_values(assembled: Assembled, dtype: type):
     plain = assembled.session("float32-tflite")
     with pytest.raises(PitheadError, match="must be FP32"):
         plain.run({"input": integers})
+
+
+def test_a_quantised_input_takes_no_nan(assembled: Assembled):
+    """It would become an integer like any other, and the answer look sound."""
+    session = assembled.session("int8-tflite")
+    x = np.zeros(tuple(max(1, d) for d in session.inputs[0].shape), np.float32)
+    x.flat[0] = np.nan
+    for shown in (session, RealSession(session)):
+        with pytest.raises(PitheadError, match="NaN") as error:
+            shown.run({shown.inputs[0].name: x})
+        assert error.value.code == "inference.bad_input"
+        shown.run({shown.inputs[0].name: np.full_like(x, np.inf)})
 
 
 def test_a_view_in_real_values_hides_the_integers(assembled: Assembled):

@@ -91,6 +91,8 @@ class SimDevice:
     rejected: set[tuple[str, int]] = field(default_factory=set)
     next_bucket: int = 0
     last_revision: int = -1
+    stands: bool = False
+    """Its machine does not run: nothing is scored, and the summaries say so."""
 
 
 class Fleet:
@@ -161,6 +163,13 @@ class Fleet:
         self.release(version)
         rollout = self.create(version, strategy="all_at_once")
         assert self.run_until(rollout, {"succeeded", "paused"}, 60) == "succeeded"
+
+    def canaries(self, rollout_id: str) -> list[SimDevice]:
+        """Those of the rollout so far, once it has ordered any."""
+        while self.rollouts.detail(rollout_id).rollout.ordered_at is None:
+            self.run(0.5)
+        chosen = {m.device_id for m in self.rollouts.assignments(rollout_id) if m.arm.value == "canary"}
+        return [device for device in self.devices if device.id in chosen]
 
     def state(self, rollout_id: str) -> str:
         return self.rollouts.detail(rollout_id).rollout.state.value
@@ -295,12 +304,17 @@ class Fleet:
             activation=device.active.activation,
             latency_us=latency.build(),
         )
+        if device.stands:
+            body = msgspec.structs.replace(
+                body, count=0, errors=0, alarms=0, latency_us=None, muted=self.windows
+            )
         self._send(device, PriorityClass.SUMMARY, body)
         if self.requests:
             asked = SketchBuilder()
             asked.add(float(device.rng.lognormal(3.0, 1.0)))
             served = msgspec.structs.replace(
                 body,
+                muted=0,
                 count=int(device.rng.integers(1, self.requests)),
                 errors=0,
                 alarms=0,

@@ -247,6 +247,22 @@ def test_canaries_that_die_halt(dead: int):
     assert "silent" in verdict.reason
 
 
+def test_harm_is_found_beside_machines_that_stand():
+    """Canaries that stand say nothing, and those that run are judged as ever."""
+
+    def make(rng: np.random.Generator) -> Evidence:
+        made = evidence(rng, canaries=6, harm=1.0)
+        muted = np.zeros((20, 120), dtype=bool)
+        muted[np.flatnonzero(made.treated)[:2], made.pre :] = True
+        made.series["m"][muted] = np.nan
+        return msgspec.structs.replace(made, muted=muted)
+
+    assert outcomes(20, one_metric(), make).count(Outcome.HALT) >= 18
+    made = make(np.random.default_rng(1))
+    short = msgspec.structs.replace(made, muted=np.zeros((20, 1), dtype=bool))
+    assert "unreadable" in assess(short, one_metric()).reason
+
+
 def test_silent_canaries_never_advance():
     """One of three is dead from the start, the others are far better than the controls."""
     made = evidence(np.random.default_rng(4), harm=-5.0)

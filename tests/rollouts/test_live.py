@@ -152,6 +152,77 @@ def test_canaries_that_fall_silent_halt(fleet: Any):
     assert "silent" in fleet.reason(rollout)
 
 
+def test_machines_that_stand_are_waited_for(fleet: Any):
+    """Neither silence nor evidence: a rest is made up for by a longer soak, whatever applications ask."""
+    fleet.requests = 50
+    fleet.release("2.0.0")
+    rollout = fleet.create("2.0.0", max_soak_buckets=80, min_soak_buckets=10)
+    standing = fleet.canaries(rollout)
+    for device in standing:
+        device.stands = True
+    fleet.run(25)
+    assert fleet.state(rollout) == "running"
+    assert fleet.rollouts.detail(rollout).rollout.stage == 0
+    verdict = fleet.rollouts.verdicts(rollout)[-1]
+    assert (verdict.kind, verdict.verdict) == ("gate", "hold")
+    assert "the machines of " in verdict.reason
+    again = fleet.rollouts.replay(rollout, verdict.id)
+    assert (again.verdict.value, again.reason) == (verdict.verdict, verdict.reason)
+    for device in standing:
+        device.stands = False
+    while fleet.rollouts.detail(rollout).rollout.stage == 0:
+        fleet.run(0.5)
+    passed = next(v for v in fleet.rollouts.verdicts(rollout) if v.verdict == "advance")
+    assert passed.bucket is not None
+    assert passed.bucket >= 30, "ten buckets with the machines running"
+
+
+def test_when_nothing_ever_runs_a_person_is_told_why(fleet: Any):
+    fleet.release("2.0.0")
+    rollout = fleet.create("2.0.0", max_soak_buckets=12, min_soak_buckets=5)
+    fleet.canaries(rollout)
+    for device in fleet.devices:
+        device.stands = True
+    assert fleet.run_until(rollout, ENDS, 60) == "paused"
+    assert "machines stand" in fleet.reason(rollout)
+    assert {v.verdict for v in fleet.rollouts.verdicts(rollout)} == {"hold"}
+
+
+def test_one_machine_that_stands_holds_nobody_up(fleet: Any):
+    fleet.release("2.0.0")
+    rollout = fleet.create("2.0.0")
+    canaries = {device.id for device in fleet.canaries(rollout)}
+    chosen = {m.device_id for m in fleet.rollouts.assignments(rollout) if m.arm.value == "control"}
+    assert not canaries & chosen
+    next(device for device in fleet.devices if device.id in chosen).stands = True
+    while fleet.rollouts.detail(rollout).rollout.stage == 0:
+        fleet.run(0.5)
+    assert fleet.state(rollout) == "running"
+
+
+def test_a_canary_that_dies_while_its_machine_stands_is_silent_all_the_same(fleet: Any):
+    fleet.release("6.0.0", dies_after_s=12)
+    rollout = fleet.create("6.0.0", min_soak_buckets=30)
+    for device in fleet.canaries(rollout):
+        device.stands = True
+    assert fleet.run_until(rollout, ENDS, 100) == "rolled_back"
+    assert "silent" in fleet.reason(rollout)
+
+
+def test_a_rest_before_the_activation_is_no_period_before(fleet: Any):
+    for device in fleet.devices:
+        device.stands = True
+    fleet.run(30)
+    fleet.release("2.0.0")
+    rollout = fleet.create("2.0.0", min_pre_buckets=10)
+    fleet.run(15)
+    assert fleet.rollouts.detail(rollout).rollout.ordered_at is None, "it waits for windows"
+    for device in fleet.devices:
+        device.stands = False
+    fleet.run(13)
+    assert fleet.rollouts.detail(rollout).rollout.ordered_at is not None
+
+
 def test_errors_above_the_guardrail_halt_before_the_first_look(fleet: Any):
     fleet.release("7.0.0", error_rate=0.9)
     rollout = fleet.create("7.0.0")

@@ -102,6 +102,22 @@ def test_several_metrics_and_missing_values():
     assert found.directions == {"latency_p95_ms": True, "error_rate": False}
 
 
+def test_what_was_muted_is_neither_a_number_nor_missing():
+    second = HEADER | {"metric": "error_rate"}
+    given = [
+        *lines(HEADER, '[1.0,"muted",null]', "[1.0,2.0,3.0]"),
+        *lines(second, "[0.0,0.5,null]", "[0.0,0.0,0.0]"),
+    ]
+    found = trace.read(given).evidence
+    assert found.muted.tolist() == [[False, False], [True, False], [False, False]]
+    assert np.isnan(found.series["latency_p95_ms"][1, 0])
+    again = list(trace.write(found, bucket_s=60.0, directions={}))
+    assert [line for line in again if line.startswith("[")] == [
+        line for line in given if line.startswith("[")
+    ]
+    assert trace.read(lines(HEADER, "[1,2,null]")).evidence.muted is None
+
+
 def test_treated_may_be_booleans():
     header = HEADER | {"treated": [False, True, False], "strata": ["x", "x", "y"]}
     found = trace.read(lines(header, "[1,2,3]"))
@@ -128,7 +144,7 @@ def test_treated_may_be_booleans():
         (lines(HEADER | {"activated_at": -1}), "line 1: activated_at"),
         (lines(HEADER | {"activated_at": "soon"}), "activated_at"),
         (lines(HEADER, "[1,2,3]", "[1,2]"), "line 3: 2 values for 3 devices"),
-        (lines(HEADER, '[1,2,"x"]'), "line 2: Expected `float | null`, got `str` - at `$[2]`"),
+        (lines(HEADER, '[1,2,"x"]'), "line 2: Invalid enum value 'x' - at `$[2]`; give numbers, null"),
         (lines(HEADER, "[1,2,NaN]"), "line 2: not JSON"),
         (lines(HEADER | {"activated_at": 9}, "[1,2,3]"), "line 1: activated_at"),
         ([*lines(HEADER, "[1,2,3]"), *lines(HEADER, "[1,2,3]")], "line 3: metric"),

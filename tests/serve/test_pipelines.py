@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.core.serve_models import PipelineSpec as Spec
+from agent.core.serve_models import Step
 from agent.core.settings import ServeMqtt
 from agent.engine.serve.catalogue import Limits
 from agent.engine.serve.configuration import Configuration, read
 from agent.engine.serve.messages import Responder
 from agent.engine.serve.opening import Opened
-from agent.engine.serve.pipeline_plan import Interface, Spec, Step, plan
+from agent.engine.serve.pipeline_plan import Interface, plan
 from agent.engine.serve.repository import Candidate, Memory
 from agent.engine.serve.requests import InferRequest
 from agent.engine.serve.service import Service

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.core.settings import Serve
 from agent.engine.serve import policies
 from agent.engine.serve.configuration import Configuration, Model, of_device, parse
 from agent.engine.serve.runner import Policy
@@ -198,5 +199,5 @@ def test_what_is_wrong_is_named(text: str, named: str):
 
 
 def test_a_device_says_the_same_of_its_models():
-    found: Any = of_device({}, {})
+    found: Any = of_device(Serve())
     assert found == Configuration()

@@ -18,6 +18,7 @@ from agent.engine.serve.warm_up import warm_up
 from contract.errors import PitheadError
 from contract.manifest import TensorSpec
 from inference.registry import open_session
+from tests.inference.test_session_kinds import with_resource
 from tests.serve import models
 
 SPEC = (TensorSpec("x", "FP32", (-1, 2)),)
@@ -264,6 +265,14 @@ def test_it_settles_near_what_the_objective_allows(capacity: int):
         if i > 200:
             seen.append(limit.rows)
     assert 0.8 * capacity - 1 <= sum(seen) / len(seen) <= capacity + 1
+
+
+def test_warm_up_leaves_no_trace_in_the_variables():
+    session = open_session(with_resource(each=5), "tflite")
+    warm_up(session, session.inputs)
+    first = session.run({"x": np.array([[1, 2]], np.float32)})["sum"]
+    assert float(first[0, 0]) == 1, "nothing was there before"
+    session.close()
 
 
 def test_warm_up_finds_out_what_may_be_batched():

@@ -172,9 +172,9 @@ def test_overload_is_told_at_once_and_what_is_accepted_is_in_time(
     served = starts(tmp_path / "slow.onnx", "--max-batch", "1", "--max-wait-ms", str(run_s * 1000 * 0.6))
     until(served.ready, "the model is loaded")
     before = served.metric("process_resident_memory_bytes")
-    seen = asyncio.run(open_loop(served.port, data, 5 / run_s, 4.0, 200))
+    seen = asyncio.run(open_loop(served.port, data, 5 / run_s, 2.5, 200))
     assert set(seen.codes) == {200, 503}, seen.codes
-    assert seen.codes[200] * run_s > 1.5, "it goes on serving"
+    assert seen.codes[200] * run_s > 0.9, "it goes on serving"
     assert seen.retry_after
     assert seen.p99(seen.accepted_s) <= 3 * unloaded + run_s, (unloaded, run_s)
     assert sorted(seen.refused_s)[len(seen.refused_s) // 2] < run_s
@@ -190,7 +190,7 @@ def test_many_at_once_run_together(starts: Callable[..., Served], tmp_path: Path
     x = np.random.default_rng(0).normal(size=(1, 4)).astype(np.float32)
     alone = served.infer("slow", {"inputs": [tensor("x", "FP32", x)]}).array()
     seen, stop = Seen(), threading.Event()
-    threading.Timer(2.0, stop.set).start()
+    threading.Timer(0.7, stop.set).start()
     asyncio.run(closed_loop(served.port, request("slow", x, "x"), 16, stop, seen))
     stats = served.get("/v2/models/slow/stats").json["model_stats"][0]
     assert stats["execution_count"] < stats["inference_count"] * 0.7, stats

@@ -36,7 +36,8 @@ class Background:
                 failure = error
             except Exception as error:
                 log.exception("background.failed")
-                failure = PitheadError("internal.error", f"{type(error).__name__}: {error}"[:500])
+                code = "inference.out_of_memory" if isinstance(error, MemoryError) else "internal.error"
+                failure = PitheadError(code, f"{type(error).__name__}: {error}"[:500])
             try:
                 loop.call_soon_threadsafe(_settle, future, result, failure)
             except RuntimeError:  # the loop has ended; nobody waits

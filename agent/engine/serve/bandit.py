@@ -4,16 +4,19 @@
 1 + what was missing to 1) and takes the largest (Thompson 1933; rewards
 between 0 and 1 count in part). ``epsilon-greedy`` takes the best mean, and
 with probability epsilon any (Sutton and Barto, 2.2). A version without a reward
-is tried first by the latter.
+is tried first by the latter, but not for ever: rewards may come late, or never.
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
 from agent.engine.serve.split import Version
+
+TRIED: Final = 100
+"""After so many requests without a reward a version has to wait for one like all others."""
 
 
 class Bandit(Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,10 +33,10 @@ class Bandit(Struct, frozen=True, forbid_unknown_fields=True):
 class Arm(Struct):
     """What is known of a version."""
 
-    requests: int = 0
+    requests: Annotated[int, Meta(ge=0)] = 0
     """That were sent to it and answered."""
-    rewards: int = 0
-    reward: float = 0.0
+    rewards: Annotated[int, Meta(ge=0)] = 0
+    reward: Annotated[float, Meta(ge=0)] = 0.0
     """Their sum."""
 
     def earn(self, reward: float) -> None:
@@ -41,10 +44,17 @@ class Arm(Struct):
         self.rewards += 1
         self.reward += reward
 
+    def give_back(self, reward: float) -> None:
+        """Take back what was counted and could not be kept."""
+        self.rewards -= 1
+        self.reward = max(0.0, self.reward - reward) if self.rewards else 0.0
+
     @property
     def mean(self) -> float:
-        """Mean reward; 1 before there is one."""
-        return self.reward / self.rewards if self.rewards else 1.0
+        """Mean reward; before there is one 1, and 0 when it has been asked often enough for one."""
+        if self.rewards:
+            return self.reward / self.rewards
+        return 1.0 if self.requests < TRIED else 0.0
 
 
 def pull(given: Bandit, versions: Sequence[str], arms: Mapping[str, Arm], source: random.Random) -> str:

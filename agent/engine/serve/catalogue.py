@@ -15,43 +15,25 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from agent.engine.serve import policies
+from agent.engine.serve import loads, policies
 from agent.engine.serve.background import Background
-from agent.engine.serve.cache import Cache, why_not
 from agent.engine.serve.configuration import Configuration
-from agent.engine.serve.opening import Opened
+from agent.engine.serve.entries import Entry, State, Version
+from agent.engine.serve.leaving import Leaving, least_needed
 from agent.engine.serve.repository import Candidate, Source, newest
 from agent.engine.serve.requests import InferRequest
 from agent.engine.serve.routing import Done, Routed
-from agent.engine.serve.runner import Policy, Profile
+from agent.engine.serve.runner import Policy
 from agent.engine.serve.served import Live
-from agent.engine.serve.statistics import Statistics
-from agent.engine.serve.warm_up import warm_up
 from contract.errors import PitheadError
 
 log = logging.getLogger(__name__)
-
-MAX_WAITING: Final = 256
-"""Requests that may wait for an idle model to load."""
-
-
-class State(StrEnum):
-    """Of a version."""
-
-    LOADING = "LOADING"
-    READY = "READY"
-    IDLE = "IDLE"
-    """Not in memory; its next request loads it."""
-    UNAVAILABLE = "UNAVAILABLE"
 
 
 class Limits(Struct, frozen=True):
@@ -70,52 +52,6 @@ class Limits(Struct, frozen=True):
     """The file where bandits keep what they have learned; None: not across restarts."""
 
 
-class Version:
-    """One version; it stays when its session goes."""
-
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
-        self.state = State.IDLE
-        self.reason = ""
-        self.live: Live | None = None
-        self.statistics = Statistics()
-        self.waiting: deque[tuple[InferRequest, Done]] = deque()
-        self.policy: Policy | None = None
-        """Set by the configuration of a load request."""
-        self.loading: asyncio.Task[PitheadError | None] | None = None
-        self.tried = ""
-        """The identity of what is, or was, being loaded."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether a request would be answered."""
-        return self.live is not None or self.state is State.IDLE
-
-
-class Entry:
-    """A model: its served versions, and the one that a request without a version gets."""
-
-    def __init__(self, name: str, hidden: str = "") -> None:
-        self.name = name
-        self._hidden = hidden
-        """The version that never answers a request which names none: a shadow."""
-        self.versions: dict[str, Version] = {}
-        self.unloaded = False
-        """By request: its versions are known, but not served."""
-
-    @property
-    def default(self) -> Version | None:
-        """The newest version that is in memory; else the newest."""
-        first = None
-        for name in newest([text for text in self.versions if text != self._hidden]):
-            version = self.versions[name]
-            if version.live is not None:
-                return version
-            if first is None or (version.ready and not first.ready):
-                first = version
-        return first
-
-
 class Catalogue:
     """The models."""
 
@@ -126,10 +62,8 @@ class Catalogue:
         """(model, version) -> what serves it now; version is empty for the default."""
         self.overlays: list[Callable[[dict[tuple[str, str], Routed]], None]] = []
         """What else names lead to: each is given all routes anew whenever one changes."""
-        self.leaving: set[Live] = set()
-        """What serves no more, and has not answered yet all that it admitted."""
+        self.leaving = Leaving()
         self._loader = Background("loader")
-        self._closer = Background("closer")
         self._available: list[Candidate] = []
         self.found = False
         """Whether it is known yet what is to be served."""
@@ -164,9 +98,7 @@ class Catalogue:
             raise PitheadError(
                 "serve.not_ready", f"{request.model} {version.candidate.version}: {version.reason}"
             )
-        if len(version.waiting) >= MAX_WAITING:
-            raise PitheadError("serve.overloaded", f"{MAX_WAITING} requests wait for the model to load")
-        version.waiting.append((request, done))
+        version.wait(request, done, self._policy(request.model, version).timeout_s)
         self._begin(self.entries[request.model], version)
 
     # ---- loading
@@ -265,7 +197,7 @@ class Catalogue:
         for version in entry.versions.values():
             self._drop(version)
             version.state, version.reason = State.UNAVAILABLE, "unloaded"
-            self._tell(version, PitheadError("serve.unknown_model", f"{name} was unloaded", model=name))
+            version.tell(PitheadError("serve.unknown_model", f"{name} was unloaded", model=name))
         self.route()
 
     def _wish(self, name: str) -> Entry | None:
@@ -304,19 +236,20 @@ class Catalogue:
         said = policies.said_of(self.limits.configuration, candidate.name)
         cache_bytes = policies.cache_bytes(said)
         try:
-            opened, profile, memory, cache = await self._loader.run(lambda: _open(candidate, cache_bytes))
+            loaded = await self._loader.run(lambda: loads.load(candidate, cache_bytes))
         except PitheadError as error:
             version.reason = str(error)
             log.warning("model.not_loaded", extra={"facts": {"model": candidate.name, "why": str(error)}})
             if version.live is None:
                 version.state = State.UNAVAILABLE
-                self._tell(version, PitheadError("serve.not_ready", f"{candidate.name}: {error}"))
+                version.tell(PitheadError("serve.not_ready", f"{candidate.name}: {error}"))
             return error
+        opened, profile, memory, cache = loaded
         if entry.unloaded or not self._offered(candidate):
-            self._closer.do(opened.session.close)
+            self.leaving.free(opened)
             self._forget(entry, version)
             return None
-        policy = version.policy or policies.runs(said, self.limits.policy)
+        policy = self._policy(candidate.name, version)
         if opened.objective_ms is not None and version.policy is None and said.objective_ms is None:
             policy = replace(policy, objective_s=opened.objective_ms / 1000)
         old = version.live
@@ -337,17 +270,16 @@ class Catalogue:
             "load_s": round(time.monotonic() - began, 3),
         }
         log.info("model.serves", extra={"facts": facts})
-        waiting, version.waiting = version.waiting, deque()
-        for request, done in waiting:
-            try:
-                version.live.submit(request, done)
-            except PitheadError as error:
-                done(error)
+        version.begin(version.live)
         return None
+
+    def _policy(self, name: str, version: Version) -> Policy:
+        said = policies.said_of(self.limits.configuration, name)
+        return version.policy or policies.runs(said, self.limits.policy)
 
     def _retire_others(self, entry: Entry, new: Version, old: Live | None) -> None:
         if old is not None:
-            self._retire(old)
+            self.leaving.take(old)
         kept = self._kept_of(entry)
         for text, version in list(entry.versions.items()):
             if version is not new and text not in kept:
@@ -385,64 +317,33 @@ class Catalogue:
         text = version.candidate.version
         if version.live is None and entry.versions.get(text) is version:
             del entry.versions[text]
-            self._tell(version, PitheadError("serve.unknown_model", f"version {text} is not served any more"))
+            version.tell(PitheadError("serve.unknown_model", f"version {text} is not served any more"))
 
     # ---- leaving
 
-    def _make_room(self, newcomer: Live) -> None:
+    def _make_room(self, newcomer: Live | None = None) -> bool:
+        """Return whether any left; ``newcomer``, or else what was used last, stays whatever its size."""
         budget = self.limits.memory_bytes
         if not budget:
-            return
-        lives = [
-            (version.live.last_used_ns, version)
-            for entry in self.entries.values()
-            for version in entry.versions.values()
-            if version.live is not None
-        ]
-        used = sum(v.live.all_bytes for _, v in lives if v.live is not None)
-        for _, version in sorted(lives, key=lambda pair: pair[0]):
-            live = version.live
-            if used <= budget:
-                break
-            if live is None or live is newcomer or live.in_flight:
-                continue
-            used -= live.all_bytes
+            return False
+        leaving = least_needed(self._versions(), budget, newcomer)
+        for version in leaving:
             self._drop(version)
             version.state, version.reason = State.IDLE, "not in memory: its next request loads it"
             self.evictions += 1
             log.info("model.left_memory", extra={"facts": {"model": version.candidate.name}})
+        return bool(leaving)
 
     def _drop(self, version: Version) -> None:
         live, version.live = version.live, None
         if live is not None:
-            self._retire(live)
-
-    def _retire(self, live: Live) -> None:
-        self.leaving.add(live)
-        live.retire(self._free)
-
-    def _free(self, live: Live) -> None:
-        self.leaving.discard(live)
-        if not live.runner.lost:
-            self._closer.do(live.opened.session.close)
-
-    def _tell(self, version: Version, error: PitheadError) -> None:
-        waiting, version.waiting = version.waiting, deque()
-        for _, done in waiting:
-            done(error)
+            self.leaving.take(live)
 
     def route(self) -> None:
         """Make the routes anew."""
         routes: dict[tuple[str, str], Routed] = {}
         for entry in self.entries.values():
-            if entry.unloaded:
-                continue
-            for text, version in entry.versions.items():
-                if version.live is not None:
-                    routes[entry.name, text] = version.live
-            default = entry.default
-            if default is not None and default.live is not None:
-                routes[entry.name, ""] = default.live
+            routes |= entry.routes()
         for overlay in self.overlays:
             overlay(routes)
         self.routes = routes
@@ -453,28 +354,28 @@ class Catalogue:
         """Look at deadlines and hung runs; call it a few times a second."""
         now = time.monotonic_ns()
         lost = False
-        for entry in self.entries.values():
-            for version in entry.versions.values():
-                live = version.live
-                if live is None or not live.runner.busy:
-                    continue
-                live.runner.tick(now)
-                if live.runner.lost:
-                    version.live, version.state = None, State.UNAVAILABLE
-                    version.reason = "a run of it hangs; load it again"
-                    lost = True
-        for live in list(self.leaving):
+        for version in self._versions():
+            version.tell_late(now)
+            live = version.live
+            if live is None or not live.runner.busy:
+                continue
             live.runner.tick(now)
-        if lost:
+            if live.runner.lost:
+                version.live, version.state = None, State.UNAVAILABLE
+                version.reason = "a run of it hangs; load it again"
+                lost = True
+        for live in self.leaving:
+            live.runner.tick(now)
+        # What was needed by a request when others were loaded may leave after it, and answers take room too.
+        if self._make_room() or lost:
             self.route()
 
     def requests_wait(self) -> bool:
         """Whether any request waits for a run."""
-        return any(
-            version.live is not None and version.live.runner.waiting
-            for entry in self.entries.values()
-            for version in entry.versions.values()
-        )
+        return any(version.live is not None and version.live.runner.waiting for version in self._versions())
+
+    def _versions(self) -> list[Version]:
+        return [version for entry in self.entries.values() for version in entry.versions.values()]
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; return whether that happened in time."""
@@ -492,24 +393,7 @@ class Catalogue:
 
     def release(self) -> None:
         """Let go of all sessions and threads, in a process that lives on; after ``close``."""
-        for entry in self.entries.values():
-            for version in entry.versions.values():
-                self._drop(version)
-        for thread in (self._loader, self._closer):
-            thread.stop(0.0)
-
-
-def _open(candidate: Candidate, cache_bytes: int) -> tuple[Opened, Profile, int, Cache | None]:
-    before = _rss()
-    opened = candidate.open()
-    profile = warm_up(opened.session, opened.inputs)
-    cache = Cache(cache_bytes) if cache_bytes else None
-    if cache is not None and (why := why_not(opened.session, opened.inputs)):
-        log.warning("model.answers_not_kept", extra={"facts": {"model": candidate.name, "why": why}})
-        cache = None
-    return opened, profile, max(opened.bytes, _rss() - before), cache
-
-
-def _rss() -> int:
-    pages = Path("/proc/self/statm").read_bytes().split()[1]
-    return int(pages) * 4096
+        for version in self._versions():
+            self._drop(version)
+        self._loader.stop(0.0)
+        self.leaving.stop()

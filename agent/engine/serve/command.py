@@ -5,7 +5,9 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--memory-budget", type=int, default=0, metavar="MB", help="for all models; 0: no limit"
     )
+    models.add_argument(
+        "--memory-limit",
+        type=int,
+        metavar="MB",
+        help="for the whole process; default: three quarters of the machine; 0: no limit",
+    )
     models.add_argument("--lazy", action="store_true", help="load a model at its first request")
     models.add_argument("--threads", type=int, default=1, metavar="N", help="of a run; default: 1")
     models.add_argument("--probe-cache", type=Path, metavar="FILE", help="verdicts of the sandbox")
@@ -126,6 +134,15 @@ def _new_token(name: str, role: str) -> int:
     return 0
 
 
+@dataclass
+class Outgrown:
+    """What the loop leaves behind."""
+
+    said: str = ""
+    """What the server held; empty where it ended for another reason."""
+    ports: dict[str, int] = field(default_factory=dict)
+
+
 def _serve(options: argparse.Namespace) -> int:
     try:
         from agent.engine.serve import app  # noqa: PLC0415 - --help needs none of it
@@ -134,13 +151,23 @@ def _serve(options: argparse.Namespace) -> int:
     _log(options.log_level)
     # A loading thread that computes in Python must not keep the loop waiting for 5 ms at a time.
     sys.setswitchinterval(0.0005)
-    app.run(_main(options))
+    began, outgrown = time.monotonic(), Outgrown()
+    app.run(_main(options, outgrown))
+    if outgrown.said:
+        from agent.engine.serve.outgrown import begin_again  # noqa: PLC0415 - see above
+
+        begin_again(outgrown.said, time.monotonic() - began, outgrown.ports)
     return 0
 
 
-async def _main(options: argparse.Namespace) -> None:
-    from agent.engine.serve import reread  # noqa: PLC0415 - see _serve
+async def _main(options: argparse.Namespace, outgrown: Outgrown) -> None:
+    from agent.core.memory import limit  # noqa: PLC0415 - see _serve
+    from agent.engine import memory  # noqa: PLC0415
+    from agent.engine.serve import reread  # noqa: PLC0415
+    from agent.engine.serve.outgrown import watch  # noqa: PLC0415
 
+    limit_bytes = limit(options.memory_limit, memory.machine_bytes())
+    memory.keep_within(limit_bytes)
     app = _app(options)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -152,7 +179,8 @@ async def _main(options: argparse.Namespace) -> None:
         sys.stdout.write(f"Listening on {app.url} (Open Inference Protocol v2, metrics at /metrics){also}\n")
         sys.stdout.flush()
         following = asyncio.create_task(reread.follow(options.models, app.service))
-        await stop.wait()
+        outgrown.ports = {"http-port": app.port} | ({"grpc-port": app.grpc.port} if app.grpc else {})
+        outgrown.said = await watch(limit_bytes, stop)
         following.cancel()
     finally:
         await app.stop()

@@ -4,16 +4,15 @@ Tables: ``[models.<name>...]`` for a model, ``[clients.<name>]`` for who asks, `
 graph of models.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from agent.core.serve_models import Client, ServedModel
+from agent.core.serve_models import Client, PipelineSpec, ServedModel
+from agent.core.settings import Serve
 from agent.engine.serve.bandit import Bandit
-from agent.engine.serve.pipeline_plan import Spec
 from agent.engine.serve.shadow_settings import Shadow
 from agent.engine.serve.split import Split
 from contract.errors import PitheadError
@@ -43,6 +42,18 @@ class Model(ServedModel, frozen=True, forbid_unknown_fields=True, omit_defaults=
         return "" if self.shadow is None else self.shadow.version
 
     @property
+    def answers_hidden(self) -> str:
+        """The key by which the shadow would answer; empty where there is none."""
+        if self.shadow is None:
+            return ""
+        if self.split is not None and self.hidden in self.split.weights:
+            return "split.weights"
+        if self.bandit is not None and self.hidden in self.bandit.versions:
+            return "bandit.versions"
+        only = self.versions if isinstance(self.versions, tuple) else ()
+        return "versions" if only and {self.hidden} == set(map(str, only)) else ""
+
+    @property
     def named(self) -> frozenset[str]:
         """Versions that are served because they are named here."""
         split = () if self.split is None else tuple(self.split.weights)
@@ -55,7 +66,7 @@ class Configuration(Struct, frozen=True, forbid_unknown_fields=True):
 
     models: dict[str, Model] = {}
     clients: dict[str, Client] = {}
-    pipelines: dict[str, Spec] = {}
+    pipelines: dict[str, PipelineSpec] = {}
 
 
 def read(directory: Path) -> Configuration:
@@ -86,13 +97,16 @@ def parse(content: bytes, where: str = NAME) -> Configuration:
             )
         if model.split is not None and not any(model.split.weights.values()):
             raise PitheadError("config.invalid", f"{where}: models.{name}.split.weights: all are 0")
+        if why := model.answers_hidden:
+            raise PitheadError(
+                "config.invalid", f"{where}: models.{name}.{why}: a shadow never answers, so it is no choice"
+            )
         if name in said.pipelines:
             raise PitheadError("config.invalid", f"{where}: {name!r} is a model and a pipeline")
     return said
 
 
-def of_device(models: Mapping[str, ServedModel], clients: Mapping[str, Client]) -> Configuration:
+def of_device(said: Serve) -> Configuration:
     """Return what ``[serve]`` of ``agent.toml`` says; versions are the fleet's to choose."""
-    return Configuration(
-        {name: Model(**msgspec.structs.asdict(said)) for name, said in models.items()}, dict(clients)
-    )
+    models = {name: Model(**msgspec.structs.asdict(model)) for name, model in said.models.items()}
+    return Configuration(models, dict(said.clients), dict(said.pipelines))

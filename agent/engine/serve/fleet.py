@@ -19,7 +19,9 @@ from agent.core.settings import Serve
 from agent.engine.serve import app as apps
 from agent.engine.serve import configuration, tokens
 from agent.engine.serve.app import App, Listen
-from agent.engine.serve.catalogue import Limits, State, Version
+from agent.engine.serve.catalogue import Limits
+from agent.engine.serve.entries import State, Version
+from agent.engine.serve.fleet_pipelines import Watch
 from agent.engine.serve.messages import Responder
 from agent.engine.serve.offers import Offer, Watched, identity
 from agent.engine.serve.repository import Memory
@@ -49,7 +51,8 @@ class Governed(Service):
     def ready(self) -> bool:
         """Whether every model has a version that can be asked; one on trial need not."""
         defaults = [e.default for e in self.catalogue.entries.values() if not e.unloaded]
-        return self._serving and all(v is not None and v.ready for v in defaults)
+        pipelines = all(self.pipelines.ready(each) for each in self.pipelines)
+        return self._serving and pipelines and all(v is not None and v.ready for v in defaults)
 
     async def load(self, name: str, config: str | None = None) -> None:  # noqa: ARG002 - of ``Service``
         """Refuse; raises ``serve.conflict``."""
@@ -87,6 +90,7 @@ class Fleet:
         self._said_at = 0.0
         self._changed: asyncio.Event
         self._app: App
+        self._watch: Watch
         self._tokens: tokens.Tokens | None = None
         self._responder: Responder | None = None
         self._lost: dict[str, int] = {}
@@ -96,6 +100,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._app = self._make()
+        self._watch = Watch(self._app.service.pipelines)
         self._offer()
         try:
             await self._app.start()
@@ -127,13 +132,14 @@ class Fleet:
         if self._tokens is not None and self._files.tokens_changed():
             self._read_tokens(self._tokens)
         self._tick()
+        self._watch.look({name: o.identity for name, o in self._offers.items() if o.settled})
         self._say(now)
 
     def _make(self) -> App:
         said = self._settings
         limits = Limits(
             memory_bytes=said.memory_budget_mb * _MB,
-            configuration=configuration.of_device(said.models, said.clients),
+            configuration=configuration.of_device(said),
         )
         listen = Listen(
             host=said.host,
@@ -280,6 +286,7 @@ class Fleet:
             mqtt="off" if mqtt is None else mqtt.state,
             mqtt_detail="" if mqtt is None else mqtt.detail,
             models=tuple(self._state(offer) for offer in self._offers.values()),
+            pipelines=self._watch.states(),
         )
         if now - self._said_at < STATE_S and self._said is not None and _quiet(state) == _quiet(self._said):
             return
@@ -301,9 +308,11 @@ class Fleet:
                 windows=serving.record.answered,
                 errors=serving.record.errors,
             )
-        if offer.error is not None:
-            detail = offer.error.detail[:2000]
-            state = replace(state, state="failed", code=offer.error.code, detail=detail)
+        error, broken = offer.error, self._watch.broken.get(offer.spec.model_name)
+        if error is None and broken is not None:
+            error = PitheadError("serve.not_ready", broken)
+        if error is not None:
+            state = replace(state, state="failed", code=error.code, detail=error.detail[:2000])
         return state
 
     def _instead(self, offer: Offer) -> Offer | None:
@@ -350,7 +359,11 @@ def _look(paths: tuple[Path, ...]) -> tuple[object, ...]:
 
 def _quiet(state: ServeState) -> ServeState:
     """Return the state without what changes all the time."""
-    return replace(state, models=tuple(replace(m, windows=0, errors=0) for m in state.models))
+    return replace(
+        state,
+        models=tuple(replace(m, windows=0, errors=0) for m in state.models),
+        pipelines=tuple(replace(p, requests=0, errors=0) for p in state.pipelines),
+    )
 
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

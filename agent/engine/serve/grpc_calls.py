@@ -26,6 +26,7 @@ STATUS: Final[Mapping[str, str]] = {
     "serve.not_found": "NOT_FOUND",
     "serve.conflict": "ALREADY_EXISTS",
     "serve.too_large": "RESOURCE_EXHAUSTED",
+    "inference.out_of_memory": "RESOURCE_EXHAUSTED",
     "serve.rate_limited": "RESOURCE_EXHAUSTED",
     "serve.overloaded": "UNAVAILABLE",
     "serve.not_ready": "UNAVAILABLE",

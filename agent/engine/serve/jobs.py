@@ -70,7 +70,11 @@ def run_batch(session: Session, batch: Sequence[Job]) -> Result:
     if len(batch) == 1:
         return (_run(session, batch[0].inputs),)
     names = batch[0].inputs
-    outputs = _run(session, {name: np.concatenate([job.inputs[name] for job in batch]) for name in names})
+    try:
+        together = {name: np.concatenate([job.inputs[name] for job in batch]) for name in names}
+    except MemoryError:
+        return [_run(session, job.inputs) for job in batch]
+    outputs = _run(session, together)
     rows = sum(job.rows for job in batch)
     if isinstance(outputs, PitheadError) or any(len(array) != rows for array in outputs.values()):
         # One client's values must not be another's error.
@@ -89,6 +93,8 @@ def _run(session: Session, inputs: dict[str, Array]) -> "Outputs | PitheadError"
         return session.run(inputs)
     except PitheadError as error:
         return error
+    except MemoryError as error:
+        return PitheadError("inference.out_of_memory", str(error)[:500])
     except Exception as error:
         log.exception("model.run_failed")
         return PitheadError("inference.run_failed", f"{type(error).__name__}: {error}"[:500])

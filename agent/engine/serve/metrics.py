@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from agent.engine.serve.catalogue import Version
+from agent.engine.serve.entries import Version
 from agent.engine.serve.http import Server
 from agent.engine.serve.pipeline import VERSION
 from agent.engine.serve.served import Live

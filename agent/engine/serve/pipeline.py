@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from agent.core.serve_models import PipelineSpec as Spec
 from agent.engine.serve import tensors
-from agent.engine.serve.pipeline_plan import Plan, Planned, Spec
+from agent.engine.serve.pipeline_plan import Plan, Planned
 from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.routing import Done, Held
 from agent.engine.serve.served import fits
@@ -43,6 +44,7 @@ class Pipeline:
         """``holds`` returns what answers for a step now; ``missing`` deals with requests without a plan."""
         self.name, self.spec = name, spec
         self._holds, self._missing = holds, missing
+        self.timeout_s = timeout_s
         self._timeout_ns = round(timeout_s * 1e9)
         self.plan: Plan | None = None
         self.statistics = Statistics()
@@ -75,7 +77,7 @@ class Pipeline:
         outputs = _wanted(plan, request)
         rows = len(request.inputs[plan.inputs[0].name]) if plan.batches else 1
         timeout = request.timeout_us * 1000 if request.timeout_us else self._timeout_ns
-        held = [self._holds(step, request) for step in plan.steps]
+        held = self._hold_all(plan, request)
         self.in_flight += 1
         self.last_used_ns = began
 
@@ -94,6 +96,18 @@ class Pipeline:
             done(InferResponse(self.name, VERSION, {name: answer[name] for name in outputs}, request.id))
 
         _Run(plan, held, request, began + timeout, finish).start()
+
+    def _hold_all(self, plan: Plan, request: InferRequest) -> list[Held]:
+        """Return what answers for each step now: of all, or of none."""
+        held: list[Held] = []
+        try:
+            for step in plan.steps:
+                held.append(self._holds(step, request))  # noqa: PERF401 - what was held before an error counts
+        except PitheadError:
+            for each in held:
+                each.release()
+            raise
+        return held
 
 
 class _Run:

@@ -8,42 +8,16 @@ Pure: models come in as what they take and give.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Final, NamedTuple
+from typing import NamedTuple
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 from msgspec.structs import replace
 
+from agent.core.serve_models import PipelineSpec as Spec
+from agent.core.serve_models import Step
 from agent.engine.serve.requests import RequestedOutput
 from contract.errors import PitheadError
 from contract.manifest import TensorSpec
-
-MAX_STEPS: Final = 32
-"""Steps that answer at once call each other: a limit to the stack."""
-
-Name = Annotated[str, Meta(min_length=1, max_length=200)]
-
-
-class Step(Struct, frozen=True, forbid_unknown_fields=True):
-    """One model in a pipeline."""
-
-    model: Name
-    version: str = ""
-    """Empty: the one that is served without a version."""
-    inputs: dict[Name, Name] = {}
-    """The model's input -> the pipeline's tensor. What is left out takes the tensor of its own name."""
-    outputs: dict[Name, Name] | None = None
-    """The model's output -> the pipeline's tensor. None: all, under their own names."""
-
-
-class Spec(Struct, frozen=True, forbid_unknown_fields=True):
-    """A pipeline as it is written down: ``[pipelines.<name>]``."""
-
-    inputs: Annotated[tuple[Name, ...], Meta(min_length=1)]
-    """Tensors that a request brings."""
-    outputs: Annotated[tuple[Name, ...], Meta(min_length=1)]
-    """Tensors that its answer has, in this order."""
-    steps: Annotated[tuple[Step, ...], Meta(min_length=1, max_length=MAX_STEPS)]
-    """In any order: each begins when its inputs are there, side by side where they are."""
 
 
 class Interface(NamedTuple):

@@ -6,14 +6,17 @@ the loop: a request finds either the old models with their plan or the new ones.
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from agent.core.serve_models import PipelineSpec as Spec
 from agent.engine.serve import describe
-from agent.engine.serve.catalogue import MAX_WAITING, Catalogue, State
+from agent.engine.serve.catalogue import Catalogue
 from agent.engine.serve.describe import IndexEntry, ModelMetadata
+from agent.engine.serve.entries import MAX_WAITING, State
 from agent.engine.serve.pipeline import VERSION, Pipeline
-from agent.engine.serve.pipeline_plan import Interface, Planned, Spec, plan
+from agent.engine.serve.pipeline_plan import Interface, Planned, plan
 from agent.engine.serve.requests import InferRequest
 from agent.engine.serve.routing import Done, Held, Routed
 from contract.errors import PitheadError
@@ -113,13 +116,20 @@ class Pipelines:
         """Load what it needs, then answer, or say why not."""
         self._check(pipeline)
         if self._waiting >= MAX_WAITING:
+            pipeline.statistics.refused += 1
             raise PitheadError("serve.overloaded", f"{MAX_WAITING} requests wait for models to load")
         self._waiting += 1
+        deadline = time.monotonic() + (request.timeout_us * 1e-6 or pipeline.timeout_s)
 
         async def wait() -> None:
             try:
-                await self.wake(pipeline)
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self.wake(pipeline)
+                request.timeout_us = max(1, round((deadline - time.monotonic()) * 1e6))
                 pipeline.submit(request, done)
+            except TimeoutError:
+                pipeline.statistics.failed(0, "serve.timeout")
+                done(PitheadError("serve.timeout", f"the models of {pipeline.name} were not loaded in time"))
             except PitheadError as error:
                 done(error)
             finally:

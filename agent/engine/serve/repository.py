@@ -119,7 +119,7 @@ class Directory:
         if len(entries) > MAX_MODELS:
             raise PitheadError("serve.repository_unreadable", f"{directory}: more than {MAX_MODELS} entries")
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or not _is_text(entry.name):
                 continue
             if entry.is_dir():
                 if depth == 1 and _is_number(entry.name):
@@ -161,6 +161,15 @@ class Directory:
             identity=_identity(path),
             open=lambda: open_package(manifest, path.parent, self._verdicts, self._threads),
         )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be said to a client: names that are no UTF-8 cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_number(name: str) -> bool:

@@ -35,6 +35,7 @@ STATUS: Final[Mapping[str, int]] = {
     "serve.overloaded": 503,
     "serve.not_ready": 503,
     "serve.model_lost": 503,
+    "inference.out_of_memory": 503,
     "serve.timeout": 504,
     "serve.repository_unreadable": 500,
     "serve.state_unwritable": 500,

@@ -18,9 +18,10 @@ import msgspec
 import numpy as np
 
 from agent.engine.serve import describe, policies, tensors
-from agent.engine.serve.catalogue import Catalogue, Limits, State, Version
+from agent.engine.serve.catalogue import Catalogue, Limits
 from agent.engine.serve.configuration import Configuration
 from agent.engine.serve.describe import IndexEntry, ModelMetadata, ServerMetadata
+from agent.engine.serve.entries import State, Version
 from agent.engine.serve.ledger import Ledger
 from agent.engine.serve.pipelines import Pipelines
 from agent.engine.serve.rates import Rates
@@ -48,7 +49,9 @@ class Service:
     ) -> None:
         self.catalogue = Catalogue(sources, limits)
         self.pipelines = Pipelines(limits.configuration.pipelines, self.catalogue)
-        self.steering = Steering(limits.configuration.models, self.catalogue, Ledger(limits.learned))
+        learns = any(model.bandit is not None for model in limits.configuration.models.values())
+        ledger = Ledger(limits.learned if learns else None)
+        self.steering = Steering(limits.configuration.models, self.catalogue, ledger)
         self.catalogue.overlays += (self.steering.route, self.pipelines.route)
         self.shared_memory = shared_memory or SharedMemory()
         self.rates = Rates.of(limits.configuration.models, limits.configuration.clients)
@@ -156,7 +159,9 @@ class Service:
         return finish
 
     def _finish(self, request: InferRequest, answer: InferResponse) -> None:
-        routed = self.catalogue.routes.get((request.model, request.version))
+        routes = self.catalogue.routes
+        # Another version than the default may have answered; one that has just left is there no more.
+        routed = routes.get((request.model, answer.version)) or routes.get((request.model, request.version))
         labels = {} if routed is None else routed.labels
         batches = routed is not None and routed.batches
         outputs = dict(answer.outputs)
@@ -188,9 +193,10 @@ class Service:
         """Whether every model that is to be served can be asked."""
         models = (
             version.ready
+            or (text == entry.hidden and version.state is State.UNAVAILABLE)  # it answers nobody
             for entry in self.catalogue.entries.values()
             if not entry.unloaded
-            for version in entry.versions.values()
+            for text, version in entry.versions.items()
         )
         pipelines = (self.pipelines.ready(each) for each in self.pipelines if not each.unloaded)
         return self._serving and all(models) and all(pipelines)

@@ -5,6 +5,9 @@ waits for anything, and nothing waits for it but a request to the shadow
 version itself: when requests wait, when the loop has little time left, when a
 shadow run is under way or the budget is used up, it is dropped and counted.
 
+An answer that was kept is not compared: nothing ran for it, so it says
+nothing of a version's time, and its question was compared when it was new.
+
 What it costs is measured as the CPU time of the whole process from its start
 to the end of the comparison: never less than its own, whatever threads the
 runtime has, and hardly more where little else goes on.
@@ -60,7 +63,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.sampled = self.compared = self.agreed = 0
-        self.dropped = dict.fromkeys(("load", "budget", "busy", "absent"), 0)
+        self.dropped = dict.fromkeys(("load", "budget", "busy", "absent", "cached"), 0)
         self.failed = self.incomparable = 0
         self.flips = self.rows = self.values = 0
         self.largest = self.total = 0.0
@@ -148,6 +151,9 @@ class Shadowing:
                 return
             outputs, took = answer.outputs, time.monotonic_ns() - began
             done(answer)
+            if answer.cached:
+                self.counts.dropped["cached"] += 1
+                return
             self._offer(request, outputs, took)
 
         return finish
@@ -211,6 +217,9 @@ class Shadowing:
         counts, given = self.counts, self.given
         if isinstance(answer, PitheadError):
             counts.failed += 1
+            return
+        if answer.cached:
+            counts.dropped["cached"] += 1
             return
         found = compare(primary, answer.outputs, given.tolerance, given.classes)
         if found is None:

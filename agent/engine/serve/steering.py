@@ -5,15 +5,18 @@ Its shadow, where it has one, is asked the same. A model with such a table in
 that name a version pass by it, and so do all other models.
 """
 
+import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from agent.engine.serve.alike import Face, apart
 from agent.engine.serve.bandit import Arm, pull
-from agent.engine.serve.catalogue import Catalogue, Entry
+from agent.engine.serve.catalogue import Catalogue
 from agent.engine.serve.configuration import Model
+from agent.engine.serve.entries import Entry
 from agent.engine.serve.ledger import Ledger
 from agent.engine.serve.repository import newest
 from agent.engine.serve.requests import InferRequest, InferResponse
@@ -22,8 +25,12 @@ from agent.engine.serve.shadow import Shadowing
 from agent.engine.serve.split import choose, key_of, usable
 from contract.errors import PitheadError
 
+log = logging.getLogger(__name__)
+
 MOST_UNREWARDED: Final = 10_000
 """Answers of a model that may wait for a reward; the oldest is forgotten."""
+WORTHLESS: Final = frozenset(("inference.run_failed", "serve.model_lost", "serve.timeout", "internal.error"))
+"""Answers that nobody can reward: a version that only fails must not be tried for ever."""
 
 
 class Steered:
@@ -42,6 +49,10 @@ class Steered:
         """Requests by the version that they were sent to."""
         self.arms: dict[str, Arm] = {} if given.bandit is None else ledger.arms(name)
         self._unrewarded: dict[str, str] = {}
+        self._faces: dict[str, tuple[str, Face]] = {}
+        """What was seen of versions, with the identity of their bytes: of idle ones too."""
+        self._strangers: dict[str, str] = {}
+        """Versions that are not asked beside the others, and why."""
         self.shadowing: Shadowing | None = None
         if given.shadow is not None:
             self.shadowing = Shadowing(
@@ -55,10 +66,41 @@ class Steered:
         default = entry.default
         self._default = "" if default is None else default.candidate.version
         if self.given.split is not None:
-            self._weights = usable(self.given.split.weights, lambda version: version in ready)
-        if self.given.bandit is not None and self.given.bandit.versions:
-            self._versions = [text for text in ready if text in self.given.bandit.versions]
+            weights = dict(usable(self.given.split.weights, lambda version: version in ready))
+            alike = self._alike(entry, sorted(weights, key=lambda text: -weights[text]))
+            self._weights = [(text, weights[text]) for text in weights if text in alike]
+        if self.given.bandit is not None:
+            if self.given.bandit.versions:
+                self._versions = [text for text in ready if text in self.given.bandit.versions]
+            asked = {text: self.arms.get(text, Arm()).requests for text in self._versions}
+            alike = self._alike(entry, sorted(asked, key=lambda text: -asked[text]))
+            self._versions = [text for text in self._versions if text in alike]
         return bool(self._versions or self._weights)
+
+    def _alike(self, entry: Entry, ranked: Iterable[str]) -> set[str]:
+        """Return the versions that answer the same requests as the first one of which that is known."""
+        first: Face | None = None
+        alike: set[str] = set()
+        strangers: dict[str, str] = {}
+        for text in ranked:
+            version = entry.versions[text]
+            if (live := version.live) is not None:
+                face = Face(live.opened.inputs, live.opened.outputs)
+                self._faces[text] = (live.candidate.identity, face)
+            identity, seen = self._faces.get(text, ("", None))
+            if version.live is None and identity != version.candidate.identity:
+                seen = None
+            first = first or seen
+            if first is not None and seen is not None and (why := apart(first, seen)):
+                strangers[text] = why
+            else:
+                alike.add(text)
+        for text, why in strangers.items():
+            if self._strangers.get(text) != why:
+                facts = {"model": self.name, "version": text, "why": why}
+                log.warning("steering.version_left_out", extra={"facts": facts})
+        self._strangers = strangers
+        return alike
 
     # ---- Routed
 
@@ -93,6 +135,8 @@ class Steered:
     def hold(self, request: InferRequest) -> Held:
         """See ``Routed``."""
         version = self._choose(request)
+        if self.given.bandit is not None and not request.id:
+            request.id = os.urandom(16).hex()  # whole requests are answered with it, and so rewarded by it
         routed = self._route(version)
         return _Held(self, version, None if routed is None else routed.hold(request))
 
@@ -134,7 +178,10 @@ class Steered:
             request.id = os.urandom(16).hex()
 
         def finish(answer: InferResponse | PitheadError) -> None:
-            if not isinstance(answer, PitheadError):
+            if isinstance(answer, PitheadError):
+                if answer.code in WORTHLESS:
+                    self.arms.setdefault(version, Arm()).earn(0)
+            else:
                 self.arms.setdefault(version, Arm()).requests += 1
                 self._unrewarded.pop(answer.id, None)
                 self._unrewarded[answer.id] = version
@@ -152,20 +199,26 @@ class Steered:
         reward = request.parameters.get("reward")
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise PitheadError("serve.bad_request", "parameters.reward: must be a number from 0 to 1")
-        if self.earn(str(request.parameters["reward_id"]), reward):
+        if self.earn(str(request.parameters["reward_id"]), reward) is not None:
             self._ledger.begin()
 
-    def earn(self, request_id: str, reward: float) -> bool:
-        """Count a reward, 0 to 1, once; return whether an answer with this id waited for one."""
+    def earn(self, request_id: str, reward: float) -> str | None:
+        """Count a reward, 0 to 1, once; return the version whose answer with this id waited for one."""
         version = self._unrewarded.pop(request_id, None)
-        if version is None:
-            return False
-        self.arms.setdefault(version, Arm()).earn(reward)
-        return True
+        if version is not None:
+            self.arms.setdefault(version, Arm()).earn(reward)
+        return version
+
+    def give_back(self, request_id: str, version: str, reward: float) -> None:
+        """Let a reward that could not be kept be given again."""
+        self.arms[version].give_back(reward)
+        self._unrewarded.setdefault(request_id, version)
 
     def document(self) -> dict[str, Any]:
         """Return what it does and has done."""
         said: dict[str, Any] = {"model": self.name, "requests": dict(self.counts)}
+        if self._strangers:
+            said["left_out"] = dict(self._strangers)
         if self.given.split is not None:
             total = sum(weight for _, weight in self._weights)
             said["split"] = {version: weight / total for version, weight in self._weights}
@@ -225,10 +278,15 @@ class Steering:
         steered = self.find(name)
         if steered.given.bandit is None:
             raise PitheadError("serve.not_found", f"{name} has no bandit")
-        if not steered.earn(request_id, reward):
+        version = steered.earn(request_id, reward)
+        if version is None:
             which = f"{request_id[:100]!r} of {name}"
             raise PitheadError("serve.not_found", f"no answer {which} waits for a reward")
-        await self._ledger.keep()
+        try:
+            await self._ledger.keep()
+        except PitheadError:
+            steered.give_back(request_id, version, reward)
+            raise
 
     def tick(self) -> None:
         """See ``Shadowing.tick``."""

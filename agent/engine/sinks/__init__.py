@@ -31,6 +31,17 @@ def plan(table: Table) -> Plan:
     ``sink.plugin_broken`` for a third party's sink that cannot be used.
     """
     module = _module(table)
+    try:
+        return _planned(table, module)
+    except PitheadError:
+        raise
+    except (Exception, SystemExit) as error:
+        # Code of somebody else must not take the engine with it.
+        detail = f"sink {table['kind']!r}: {type(error).__name__}: {error}"
+        raise PitheadError("sink.plugin_broken", detail) from error
+
+
+def _planned(table: Table, module: Any) -> Plan:
     kind: type[Delivery | Control] = Control if getattr(module, "CONTROL", False) else Delivery
     mine = {key: value for key, value in table.items() if key in kind.__struct_fields__}
     rest = {key: value for key, value in table.items() if key not in mine}
@@ -56,11 +67,3 @@ def _module(table: Table) -> Any:
             return module
     there = ", ".join([*SINKS, *plugins.sink_kinds()])
     raise invalid("kind", f"is {kind!r}, not one of {there}")
-
-
-def library(name: str, extra: str) -> Any:
-    """Import a library that only this kind of sink needs, or raise ``sink.failed`` saying what to install."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise PitheadError("sink.failed", f"{name} is missing; install the extra `{extra}`") from error

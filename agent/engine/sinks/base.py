@@ -9,7 +9,7 @@ when there is no state that can be trusted.
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
@@ -23,6 +23,9 @@ Settings = TypeVar("Settings", bound=Struct)
 When = Literal["anomalies", "every window", "alarm state changes"]
 WHERE: Final = "lanes.sinks"
 PLACE: Final = re.compile(r"`\$\.?([^`]*)`")
+Factor = Annotated[float, Meta(ge=-1e30, le=1e30)]
+"""By which a score is multiplied; NaN is none."""
+USERINFO: Final = re.compile(r"//[^/@\s]*@")
 UNKNOWN: Final = re.compile(r"unknown field `([^`]*)`")
 MISSING: Final = re.compile(r"missing required field `([^`]*)`")
 
@@ -43,6 +46,11 @@ class Message(Struct, frozen=True, omit_defaults=False):
     """Share of the score by channel; empty where a score has no parts."""
 
 
+def always() -> bool:
+    """Return that all may be written."""
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Outputs:
     """What a control shall hold now."""
@@ -55,10 +63,15 @@ class Outputs:
     """Whether ``alarm`` is a judgement of a model, made just now."""
     heartbeat: int
     """Counts the writes from 0 to 32767, and begins again."""
+    may_write: Callable[[], bool] = field(default=always, compare=False)
+    """To be asked again between the requests of one write: false once the bypass is on."""
 
 
 class MessageSink(Protocol):
-    """A way for messages. Used by one thread of its own, which may wait for the network."""
+    """A way for messages. Used by one thread of its own, which may wait for the network.
+
+    It may have ``at_once``, the most messages that one ``send`` gets.
+    """
 
     def send(self, messages: Sequence[Message]) -> int:
         """Hand over ``messages``; return how many of them the other side refused for good.
@@ -74,7 +87,11 @@ class ControlSink(Protocol):
     """A way into a control. Used by one thread of its own."""
 
     def write(self, outputs: Outputs) -> None:
-        """Write all of it; raises as ``MessageSink.send``."""
+        """Write all of it; raises as ``MessageSink.send``.
+
+        A sink may also have ``accepts(values)``, called once with ``on``, ``off`` and ``safe`` before
+        anything is written; it raises for what its place cannot hold.
+        """
 
     def close(self) -> None:
         """Give back what is held; more than once is harmless."""
@@ -122,6 +139,12 @@ def invalid(key: str, problem: str) -> PitheadError:
     return PitheadError("config.invalid", f"{WHERE}.{key} {problem}", key=key)
 
 
+def refuse_zero(score_scale: float) -> None:
+    """Raise ``config.invalid`` for a factor that makes every score 0."""
+    if not score_scale:
+        raise invalid("score_scale", "is 0, which makes every score 0")
+
+
 def settings(table: Table, kind: type[Settings], others: Sequence[str] = ()) -> Settings:
     """Return ``table`` as ``kind``; ``config.invalid`` names the key, its value, and what may stand there.
 
@@ -137,8 +160,12 @@ def settings(table: Table, kind: type[Settings], others: Sequence[str] = ()) -> 
         if found := MISSING.search(text):
             raise invalid(found[1], f"is missing; see docs/sinks.md#{table.get('kind', '')}") from error
         path = PLACE.search(text)
-        key = path[1] if path else "kind"
+        if path is None:  # what does not go together, said by the table itself
+            raise PitheadError("config.invalid", f"{WHERE}: {text}") from error
+        key = path[1]
         expected = text.split(" - at", maxsplit=1)[0]
+        if USERINFO.search(str(table.get(key, ""))):
+            expected = "a user and a password go into credentials_file"
         raise invalid(key, f"is {_shown(key, table)}: {expected}") from error
 
 
@@ -156,4 +183,4 @@ def _shown(key: str, table: Table) -> str:
     first = key.split("[", maxsplit=1)[0].split(".", maxsplit=1)[0]
     if re.search(r"pass|token|secret", first):
         return "..."
-    return repr(table.get(first))[:80]
+    return USERINFO.sub("//...@", repr(table.get(first)))[:80]

@@ -42,7 +42,7 @@ class FileSink:
 
     def send(self, messages: Sequence[Message]) -> int:
         """See ``MessageSink``. A full disk is a failure like any other: it is tried again."""
-        if not self._path.exists():  # somebody else has put it aside
+        if not self._mine():  # somebody else has put it aside, and may have made another
             self._file.close()
             self._file = self._opened()
         for message in messages:
@@ -56,6 +56,13 @@ class FileSink:
     def close(self) -> None:
         """See ``MessageSink``."""
         self._file.close()
+
+    def _mine(self) -> bool:
+        """Return whether what is open is still what lies at the path."""
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def _opened(self) -> Any:
         file = self._path.open("ab")

@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import re
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from agent.engine.sinks.base import WHERE, Message, Table, failed, invalid, sett
 from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
 
-LATER: Final = {408, 425, 429}
-"""Answers by which a server asks for another try."""
+MESSAGE: Final = {400, 409, 410, 411, 413, 414, 415, 422}
+"""Answers by which a server refuses what it was sent; all others but 2xx are not about this message."""
+TOKEN: Final = re.compile(r"[!-~]+")
 ANSWER_BYTES: Final = 64 * 1024
 
 
@@ -45,8 +47,11 @@ SETTINGS: Final = HttpSettings
 class HttpSink:
     """One connection that is kept open as long as the server likes."""
 
+    at_once: int
+    """Messages of one request: what was taken must not come again with what was not."""
+
     def __init__(self, given: HttpSettings) -> None:
-        self._given = given
+        self._given, self.at_once = given, given.batch
         parts = urlsplit(given.url)
         self._name = f"http {parts.scheme}://{parts.netloc}"
         self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -83,7 +88,7 @@ class HttpSink:
             raise failed(self._name, str(error) or type(error).__name__) from error
         if 200 <= status < 300:  # noqa: PLR2004 - HTTP's good answers
             return True
-        if 400 <= status < 500 and status not in LATER:  # noqa: PLR2004 - the request is to blame
+        if status in MESSAGE:
             return False
         raise failed(self._name, f"{status} {reason}")
 
@@ -107,11 +112,13 @@ class HttpSink:
 def _authorization(given: HttpSettings) -> str | None:
     if given.token_file is not None:
         try:
-            token = Path(given.token_file).read_text(encoding="ascii").strip()
+            token = Path(given.token_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise PitheadError(
                 "sink.failed", f"{WHERE}.token_file {given.token_file}: {type(error).__name__}"
             ) from error
+        if TOKEN.fullmatch(token) is None:
+            raise PitheadError("sink.failed", f"{WHERE}.token_file {given.token_file} holds no single token")
         return f"Bearer {token}"
     if given.credentials_file is None:
         return None
@@ -135,12 +142,18 @@ def _tls(given: HttpSettings) -> ssl.SSLContext:
 def check(table: Table, _keys: object) -> None:
     """Raise ``config.invalid`` for keys that do not go together."""
     given = settings(table, HttpSettings)
-    if given.token_file is not None and given.credentials_file is not None:
-        raise invalid("token_file", "stands beside credentials_file; name one of them")
     try:
-        urlsplit(given.url).port  # noqa: B018 - raises for what is none
+        parts = urlsplit(given.url)
+        if not parts.hostname or parts.port == 0:
+            raise invalid("url", f"is {given.url!r}: no host, or no port")
     except ValueError as error:
         raise invalid("url", f"is {given.url!r}: {error}") from error
+    if parts.scheme == "http" and given.ca_file is not None:
+        raise invalid("ca_file", "stands beside http://, which encrypts nothing; write https://")
+    if given.key_file is not None and given.certificate_file is None:
+        raise invalid("key_file", "stands without certificate_file")
+    if given.token_file is not None and given.credentials_file is not None:
+        raise invalid("token_file", "stands beside credentials_file; name one of them")
 
 
 def open_sink(table: Table) -> HttpSink:

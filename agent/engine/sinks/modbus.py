@@ -4,46 +4,45 @@ An address is ``coil:0`` or ``holding:100``, counted from 0 as on the wire;
 ``3/holding:100`` is in unit 3 behind a gateway.
 """
 
-import logging
 import math
 import re
-import socket
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from msgspec import Meta, Struct
-
-from agent.engine.sinks import library
-from agent.engine.sinks.base import Control, Outputs, Table, failed, invalid, settings
-from agent.engine.sources.modbus import FORMATS, HIGHEST
+from agent.engine.links.modbus import FORMATS, HIGHEST, HIGHEST_UNIT, WRITES, Link, ModbusServer
+from agent.engine.sinks.base import (
+    Control,
+    Factor,
+    Outputs,
+    Table,
+    always,
+    failed,
+    invalid,
+    refuse_zero,
+    settings,
+)
 
 ADDRESS: Final = re.compile(r"(?:(\d{1,3})/)?(coil|holding):(\d{1,5})")
-HIGHEST_UNIT: Final = 255
 
 
-class ModbusSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ModbusSettings(ModbusServer, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sink's own keys."""
 
     kind: Literal["modbus"]
-    host: Annotated[str, Meta(min_length=1)]
-    port: Annotated[int, Meta(ge=1, le=65535)] = 502
-    unit_id: Annotated[int, Meta(ge=0, le=255)] = 1
-    """Of addresses that name none."""
     alarm: str
     """Coil or register that gets ``on``, ``off`` or ``safe``."""
     score: str | None = None
     """Register that gets the score of the newest window."""
-    score_scale: float = 1.0
+    score_scale: Factor = 1.0
     """The score is multiplied by it, and in a whole number rounded and kept within its range."""
     score_datatype: Literal["int16", "uint16", "int32", "uint32", "float32", "float64"] = "uint16"
     quality: str | None = None
     """Coil or register that is 1 while the alarm is a judgement made just now, else 0."""
     heartbeat: str | None = None
     """Register that counts the writes, 0 to 32767, as long as this device is alive and may write."""
-    word_order: Literal["big", "little"] = "big"
-    timeout_s: Annotated[float, Meta(ge=0.05, le=60)] = 2.0
 
 
 SETTINGS: Final = ModbusSettings
@@ -97,12 +96,12 @@ def registers(value: float, datatype: str, word_order: str) -> list[int]:
     """Return ``value`` as registers; what is beyond a whole number's range becomes its end."""
     code = FORMATS[datatype]
     number: float = value
+    largest = 3.4028234e38 if code == "f" else sys.float_info.max
     if code not in "fd":
         bits = 8 * struct.calcsize(code)
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if code.islower() else (0, 2**bits - 1)
         number = round(min(max(value, low), high))
-    elif code == "f":
-        largest = 3.4028234e38
+    else:
         number = min(max(value, -largest), largest)
     data = struct.pack(">" + code, number)
     words = list(struct.unpack(f">{len(data) // 2}H", data))
@@ -115,17 +114,13 @@ class ModbusSink:
     def __init__(self, given: ModbusSettings) -> None:
         self._given, self._places = given, places(given)
         self._name = f"modbus {given.host}:{given.port}"
-        client: Any = library("pymodbus.client", "modbus").ModbusTcpClient
-        self._error: Any = library("pymodbus.exceptions", "modbus").ModbusException
-        # What goes wrong is said by us, once; the library says it again with each try.
-        logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
-        made = socket.create_connection((given.host, given.port), given.timeout_s)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._client = client(given.host, port=given.port, timeout=given.timeout_s, retries=0)
-        self._client.socket = made
+        self._link = Link(given, "sink.failed")
+        self._client, _ = self._link.connected()
+        self._may_write: Callable[[], bool] = always
 
     def write(self, outputs: Outputs) -> None:
         """See ``ControlSink``."""
+        self._may_write = outputs.may_write
         self._put("alarm", outputs.alarm)
         self._put("quality", float(outputs.quality))
         if outputs.score is not None and math.isfinite(outputs.score) and "score" in self._places:
@@ -147,22 +142,26 @@ class ModbusSink:
             self._ask(key, self._client.write_register, where, int(value) % (HIGHEST + 1))
 
     def _ask(self, key: str, write: Callable[..., Any], where: Place, value: object) -> None:
+        if not self._may_write():  # each request may take its time
+            raise failed(self._name, "the bypass was switched on")
         try:
             answer = write(where.start, value, device_id=where.unit)
-        except self._error as error:
-            text = str(error)
-            told = (
-                f"no answer in {self._given.timeout_s:g} s" if "No response" in text else text.splitlines()[0]
-            )
-            raise failed(self._name, f"{key} {where}: {told}") from error
+        except self._link.error as error:
+            raise failed(self._name, f"{key} {where}: {self._link.told(error)}") from error
         if answer.isError():
             raise failed(self._name, f"{key} {where}: refused, exception {answer.exception_code}")
+        if (
+            answer.function_code
+            != WRITES["coil" if where.coil else "several" if key == "score" else "holding"]
+        ):
+            raise failed(self._name, f"{key} {where}: the answer is of function {answer.function_code}")
 
 
 def check(table: Table, keys: Control) -> None:
     """Raise ``config.invalid`` for addresses that are none, and values that a register cannot hold."""
     given = settings(table, ModbusSettings)
     coil = places(given)["alarm"].coil
+    refuse_zero(given.score_scale)
     for key in ("on", "off", "safe"):
         value = getattr(keys, key)
         if coil and value not in (0, 1):

@@ -8,18 +8,18 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import PlantBroker
 from agent.engine.sinks.base import WHERE, Message, Table, failed, settings
-from agent.engine.sources.broker import tls_context
+from agent.engine.sources.broker import tls_context, version
 from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
 
 KEEPALIVE_S: Final = 30
 
 
-class MqttSettings(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MqttSettings(PlantBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sink's own keys."""
 
     kind: Literal["mqtt"]
@@ -43,13 +43,17 @@ class MqttSink:
         self._name = f"mqtt {given.host}:{self._port}"
         self._answered = threading.Event()
         self._problem: str | None = None
+        self._refusals: list[str] = []
+        """What the broker said of messages that it did not take."""
         self._client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=given.client_id,
-            protocol=MQTTProtocolVersion.MQTTv5,
+            protocol=version(given),
             reconnect_on_failure=False,
         )
         self._client.on_connect = self._connected
+        self._client.on_publish = self._acknowledged
+        self._client.on_disconnect = self._disconnected
         self._client.connect_timeout = given.timeout_s
         if given.tls:
             self._client.tls_set_context(tls_context(given, WHERE, "sink.failed"))
@@ -76,6 +80,9 @@ class MqttSink:
                 one.wait_for_publish(given.timeout_s)
                 if not one.is_published():
                     raise self._failure(f"no acknowledgement in {given.timeout_s:g} s")
+            if self._refusals:
+                topic = self._topic(messages[0])
+                raise self._failure(f"the broker refuses messages to {topic}: {self._refusals[0]}")
         except (ValueError, RuntimeError) as error:
             raise self._failure(str(error)) from error
         return 0
@@ -84,7 +91,7 @@ class MqttSink:
         """See ``MessageSink``."""
         self._client.disconnect()
         self._client.loop_stop()
-        self._client.on_connect = None
+        self._client.on_connect = self._client.on_publish = self._client.on_disconnect = None
 
     def _connect(self) -> None:
         given = self._given
@@ -101,6 +108,20 @@ class MqttSink:
     def _connected(self, _client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         self._problem = f"refused: {reason}" if reason.is_failure else None
         self._answered.set()
+
+    def _disconnected(
+        self, _client: Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any
+    ) -> None:
+        """Hear of an end before the answer: a broker that refuses a certificate says so by leaving."""
+        if not self._answered.is_set():
+            self._problem = f"the broker ended the connection: {reason}"
+            self._answered.set()
+
+    def _acknowledged(
+        self, _client: Client, _userdata: Any, _mid: int, reason: Any, _properties: Any
+    ) -> None:
+        if reason.is_failure:
+            self._refusals.append(str(reason))
 
     def _topic(self, message: Message) -> str:
         return self._given.topic.replace("{lane}", message.lane).replace("{model}", message.model)

@@ -7,17 +7,24 @@ the node's own datatype.
 
 import asyncio
 import contextlib
-import logging
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
-from agent.engine.sinks import library
-from agent.engine.sinks.base import WHERE, Outputs, Table, failed, invalid, settings
-from agent.engine.sources.credentials import credentials
-from agent.engine.sources.opcua import application_uri
-from contract.errors import PitheadError
+from agent.engine.links.opcua import Link, OpcuaServer
+from agent.engine.sinks.base import (
+    WHERE,
+    Control,
+    Factor,
+    Outputs,
+    Table,
+    failed,
+    invalid,
+    refuse_zero,
+    settings,
+)
 
 DISCONNECT_S: Final = 0.5
 WHOLE: Final = {
@@ -34,30 +41,20 @@ WHOLE: Final = {
 NODES: Final = ("alarm", "score", "quality", "heartbeat")
 
 
-class OpcuaSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class OpcuaSettings(OpcuaServer, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sink's own keys."""
 
     kind: Literal["opcua"]
-    url: Annotated[str, Meta(pattern=r"^opc\.tcp://[^@]+$")]
-    """As ``opc.tcp://host:4840/path``; credentials have a file of their own."""
     alarm: Annotated[str, Meta(min_length=1)]
     """Node that gets ``on``, ``off`` or ``safe``."""
     score: str | None = None
     """Node that gets the score of the newest window."""
-    score_scale: float = 1.0
+    score_scale: Factor = 1.0
     """The score is multiplied by it, and in a whole number rounded and kept within its range."""
     quality: str | None = None
     """Node that is true (1) while the alarm is a judgement made just now."""
     heartbeat: str | None = None
     """Node that counts the writes, 0 to 32767, as long as this device is alive and may write."""
-    security_policy: Literal["Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] | None = None
-    security_mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
-    certificate_file: str | None = None
-    key_file: str | None = None
-    server_certificate_file: str | None = None
-    credentials_file: str | None = None
-    """TOML with ``username`` and ``password``."""
-    timeout_s: Annotated[float, Meta(ge=0.1, le=60)] = 4.0
 
 
 SETTINGS: Final = OpcuaSettings
@@ -70,10 +67,8 @@ class OpcuaSink:
     def __init__(self, given: OpcuaSettings) -> None:
         self._given = given
         self._name = f"opcua {given.url}"
-        self._library = library("asyncua", "opcua")
-        self._ua = self._library.ua
-        # What goes wrong is said by us, once; the library says much more.
-        logging.getLogger("asyncua").setLevel(logging.CRITICAL)
+        self._link = Link(given, WHERE, "sink.failed")
+        self._ua = self._link.library.ua
         self._loop = asyncio.new_event_loop()
         self._nodes: dict[str, tuple[Any, Any]] = {}
         """Node and datatype of each output."""
@@ -83,6 +78,17 @@ class OpcuaSink:
         except BaseException:
             self.close()
             raise
+
+    def accepts(self, values: Mapping[str, float]) -> None:
+        """See ``ControlSink``: what the node would hold as another value would be another alarm."""
+        datatype = self._nodes["alarm"][1].name
+        for key, value in values.items():
+            if datatype != "Boolean" and datatype not in WHOLE:
+                continue
+            low, high = WHOLE.get(datatype, (0, 1))
+            if not low <= value <= high or value != int(value):
+                where = f"alarm {self._given.alarm!r}"
+                raise failed(self._name, f"{where} is a {datatype}, which cannot hold {key} = {value}")
 
     def write(self, outputs: Outputs) -> None:
         """See ``ControlSink``."""
@@ -106,42 +112,14 @@ class OpcuaSink:
 
     async def _connect(self) -> None:
         given = self._given
-        client = self._client = self._library.Client(given.url, timeout=given.timeout_s)
-        client.name = client.description = "pithead"
-        if given.credentials_file is not None:
-            login = credentials(given.credentials_file, WHERE, "sink.failed")
-            client.set_user(login.username)
-            client.set_password(login.password)
-        if given.security_policy is not None:
-            await self._secure(client, given.security_policy)
-        await client.connect()
+        self._client = await self._link.connected()
         for key in NODES:
             if (address := getattr(given, key)) is not None:
                 self._nodes[key] = await self._node(key, address)
 
-    async def _secure(self, client: Any, policy: str) -> None:
-        given, policies = self._given, library("asyncua.crypto.security_policies", "opcua")
-        try:
-            client.application_uri = application_uri(str(given.certificate_file)) or client.application_uri
-            await client.set_security(
-                getattr(policies, f"SecurityPolicy{policy}"),
-                certificate=given.certificate_file,
-                private_key=given.key_file,
-                server_certificate=given.server_certificate_file,
-                mode=self._ua.MessageSecurityMode[given.security_mode],
-            )
-        except (OSError, ValueError, PitheadError) as error:
-            raise failed(
-                self._name, f"certificate_file, key_file or server_certificate_file: {error}"
-            ) from error
-
     async def _node(self, key: str, address: str) -> tuple[Any, Any]:
-        text = address
         try:
-            if text.startswith("nsu="):
-                uri, _, rest = text.removeprefix("nsu=").partition(";")
-                text = f"ns={await self._client.get_namespace_index(uri)};{rest}"
-            node = self._client.get_node(self._ua.NodeId.from_string(text))
+            node = self._client.get_node(await self._link.node(self._client, address))
             return node, await node.read_data_type_as_variant_type()
         except (self._ua.UaError, ValueError) as error:
             raise failed(self._name, f"{key} {address!r} is no node here: {error}") from error
@@ -186,13 +164,13 @@ class OpcuaSink:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def check(table: Table, _keys: object) -> None:
-    """Raise ``config.invalid`` for files that are missing, and for one node that two outputs have."""
+def check(table: Table, keys: Control) -> None:
+    """Raise ``config.invalid`` for values that are no numbers, and for one node that two outputs have."""
     given = settings(table, OpcuaSettings)
-    if given.security_policy is not None:
-        for key in ("certificate_file", "key_file", "server_certificate_file"):
-            if getattr(given, key) is None:
-                raise invalid(key, "is missing: the security policy needs it")
+    refuse_zero(given.score_scale)
+    for key in ("on", "off", "safe"):
+        if not math.isfinite(value := getattr(keys, key)):
+            raise invalid(key, f"is {value}, no number")
     taken: dict[str, str] = {}
     for key in NODES:
         if (address := getattr(given, key)) is None:

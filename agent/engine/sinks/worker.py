@@ -5,7 +5,8 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from agent.core import backoff
@@ -26,6 +27,8 @@ LOOK_S: Final = 0.2
 """How often a control looks for the bypass when nothing else happens."""
 IDLE_S: Final = 0.5
 LAST_TRIES_S: Final = 0.1
+HANGS_US: Final = 30_000_000
+"""A sink that has not come back from a call for so long is said to have failed."""
 FLUSH_S: Final = 1.0
 """What waits may still be sent for so long when the lane ends."""
 HANDOVER_S: Final = 5.0
@@ -47,6 +50,8 @@ class Worker(ABC):
         self._retry_at = 0
         self._state = SinkState(name=plan.name, kind=str(plan.table.get("kind", "")), state="starting")
         self._sent = 0
+        self._busy_since: int | None = None
+        """When the sink was last called, while it has not come back."""
         self._thread = threading.Thread(target=self._run, name=f"sink-{lane}-{plan.name}", daemon=True)
 
     def start(self) -> None:
@@ -64,9 +69,22 @@ class Worker(ABC):
             self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
-    @abstractmethod
     def state(self) -> SinkState:
-        """Return how it is."""
+        """Return how it is; one that hangs has failed, whatever it was before."""
+        now, since = self._state, self._busy_since
+        if since is None or (hangs := self._clock.mono() - since) < HANGS_US:
+            return now
+        return SinkState(
+            now.name, now.kind, "failed", code="sink.failed", detail=f"no answer for {hangs / 1e6:.0f} s"
+        )
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._busy_since = self._clock.mono()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
     @abstractmethod
     def _work(self) -> None:
@@ -85,7 +103,7 @@ class Worker(ABC):
     def _open(self) -> Way:
         return self._plan.open(self._plan.table)
 
-    def _tried(self, error: Exception) -> None:
+    def _tried(self, error: BaseException) -> None:
         """Note a failure, and when to try again."""
         known = isinstance(error, PitheadError | OSError)
         if not known:
@@ -135,7 +153,7 @@ class MessageWorker(Worker):
 
     def state(self) -> SinkState:
         """See ``Worker``."""
-        now, waiting = self._state, len(self.queue) + len(self._held)
+        now, waiting = super().state(), len(self.queue) + len(self._held)
         return SinkState(
             now.name, now.kind, now.state, self._sent, self.queue.lost, waiting, now.code, now.detail
         )
@@ -157,11 +175,11 @@ class MessageWorker(Worker):
             if pause:
                 self._pause(pause)
             else:
-                self._try(self._held)
+                self._try()
             return
         # A sink is opened before it is needed, so that the status says whether it could be.
         if self._sink is None and not self._until_retry_s():
-            self._try(())
+            self._try()
         self.queue.put_any.wait(IDLE_S)
 
     def _pause(self, seconds: float) -> None:
@@ -171,20 +189,30 @@ class MessageWorker(Worker):
         else:
             self._stopping.wait(seconds)
 
-    def _try(self, messages: Sequence[Message]) -> None:
+    def _try(self) -> None:
+        """Open the sink if need be, and send what it takes at once of what is held."""
+        messages: Sequence[Message] = ()
         try:
-            if self._sink is None:
-                self._sink = self._open()  # type: ignore[assignment]
-            refused = self._sink.send(messages) if messages else 0  # type: ignore[union-attr]
-        except Exception as error:  # noqa: BLE001 - a third party's sink may raise anything; _tried says what
+            with self._busy():
+                if self._sink is None:
+                    self._sink = self._open()  # type: ignore[assignment]
+                messages = self._held[: getattr(self._sink, "at_once", AT_ONCE)]
+                refused = self._sent_now(messages) if messages else 0
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's; _tried says what
             self._close()
             self._tried(error)
             return
-        self._held = []
+        self._held = self._held[len(messages) :]
         self._sent += len(messages) - refused
         self.queue.lose(refused)
         self._works()
         self._log_losses()
+
+    def _sent_now(self, messages: Sequence[Message]) -> int:
+        refused = self._sink.send(messages)  # type: ignore[union-attr]
+        if not isinstance(refused, int) or not 0 <= refused <= len(messages):
+            raise failed(self.name, f"send() returned {refused!r}, not how many messages were refused")
+        return refused
 
     def _log_losses(self) -> None:
         if (lost := self.queue.lost) > self._said_lost:
@@ -244,7 +272,7 @@ class ControlWorker(Worker):
 
     def state(self) -> SinkState:
         """See ``Worker``."""
-        now = self._state
+        now = super().state()
         return SinkState(now.name, now.kind, now.state, self._sent, 0, 0, now.code, now.detail)
 
     # ---- own thread
@@ -253,10 +281,14 @@ class ControlWorker(Worker):
         """Return what the control shall hold at ``now``, microseconds of the monotonic clock."""
         judged, alarm_at = self._judged, self._alarm_at
         if self._stopping.is_set() or judged is None or now - judged[0] > self.keys.max_age_s * 1e6:
-            return Outputs(self.keys.safe, None, quality=False, heartbeat=self._beat)
+            return Outputs(self.keys.safe, None, quality=False, heartbeat=self._beat, may_write=self._may)
         # What came in the very last batch counts even where an alarm is not held at all.
         on = alarm_at is not None and (alarm_at >= judged[0] or now - alarm_at < self.keys.hold_s * 1e6)
-        return Outputs(self.keys.on if on else self.keys.off, judged[1], quality=True, heartbeat=self._beat)
+        alarm = self.keys.on if on else self.keys.off
+        return Outputs(alarm, judged[1], quality=True, heartbeat=self._beat, may_write=self._may)
+
+    def _may(self) -> bool:
+        return not is_on(self._bypass)
 
     def _work(self) -> None:
         while not self._stopping.is_set():
@@ -265,37 +297,57 @@ class ControlWorker(Worker):
             now = self._clock.mono()
             wait = max(self._due - now, self._retry_at - now if self._failures else 0) / 1e6
             self._wake.wait(min(LOOK_S, max(0.005, wait)))
-        self._turn(last=True)
+        self._leave()
         self._close()
 
-    def _turn(self, *, last: bool = False) -> None:
+    def _leave(self) -> None:
+        """Leave the safe value; a connection that went while nothing was written is made again for it."""
+        until, tries = self._clock.mono() + round(FLUSH_S * 1e6), 0
+        while not self._turn(last=True):
+            tries += 1
+            if self._clock.mono() > until and tries > 1:
+                facts = self._facts() | {"detail": self._state.detail}
+                log.error("sink.not_left_safe", extra={"facts": facts})
+                return
+            time.sleep(LAST_TRIES_S)
+
+    def _turn(self, *, last: bool = False) -> bool:
+        """Write if that is due; return whether nothing is left to be done for now."""
         if is_on(self._bypass):
             self._close()
             self._written, self._due = None, 0
             self._say("bypassed", None)
-            return
+            return True
         now = self._clock.mono()
         wanted, written = self.outputs(now), self._written
         new = written is None or (wanted.alarm, wanted.quality) != (written.alarm, written.quality)
         if not last and ((now < self._due and not new) or (self._failures and now < self._retry_at)):
-            return
+            return True
         try:
-            if self._sink is None:
-                self._sink = self._open()  # type: ignore[assignment]
-            if is_on(self._bypass):  # opening takes its time
-                return
-            self._sink.write(wanted)  # type: ignore[union-attr]
-        except Exception as error:  # noqa: BLE001 - a third party's sink may raise anything; _tried says what
+            with self._busy():
+                self._written_now(wanted)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's; _tried says what
             self._close()
             self._written = None
-            self._tried(error)
-            return
+            if self._may():  # else the next turn says why
+                self._tried(error)
+            return False
         self._written, self._due = wanted, now + round(self.keys.refresh_s * 1e6)
         self._beat = (self._beat + 1) % HEARTBEATS
         self._sent += 1
         self._works()
         if last:
             log.info("sink.left_safe", extra={"facts": self._facts() | {"alarm": wanted.alarm}})
+        return True
+
+    def _written_now(self, wanted: Outputs) -> None:
+        if self._sink is None:
+            self._sink = self._open()  # type: ignore[assignment]
+            if (accepts := getattr(self._sink, "accepts", None)) is not None:
+                accepts({name: getattr(self.keys, name) for name in ("on", "off", "safe")})
+        if not self._may():  # opening takes its time
+            raise failed(self.name, "the bypass was switched on")
+        self._sink.write(wanted)  # type: ignore[union-attr]
 
     def _close(self) -> None:
         sink, self._sink = self._sink, None

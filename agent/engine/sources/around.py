@@ -1,11 +1,12 @@
 """What stands between a source and its lane: units converted, and foreign code held to its word."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from agent.engine.sources.base import Batch, Source
+from agent.engine.sources.base import TICK_S, Batch, Source
 from agent.engine.sources.tags import Conversion
 from contract.errors import PitheadError
 
@@ -39,24 +40,31 @@ class Checked:
             return batch  # type: ignore[no-any-return]
         raise PitheadError(
             "source.failed",
-            f"source {self._kind!r} gave no Batch of float64 values (rows, {self._width}) "
-            "and int64 times (rows)",
+            f"source {self._kind!r} gave no Batch of float64 values (rows, {self._width}), "
+            "int64 times (rows), and a number of lost samples",
         )
 
     def wait_s(self) -> float:
         """See ``Source``; at least a millisecond, so that no lane spins."""
-        return max(0.001, float(self._source.wait_s()))
+        try:
+            wait_s = float(self._source.wait_s())
+        except Exception:  # noqa: BLE001 - a poll will say what is wrong, if anything is
+            return TICK_S
+        return TICK_S if math.isnan(wait_s) else max(0.001, wait_s)
 
     def backlog(self) -> int:
         """See ``Source``."""
-        return int(self._source.backlog())
+        try:
+            return max(0, int(self._source.backlog()))
+        except Exception:  # noqa: BLE001 - nobody but the status asks
+            return 0
 
     def close(self) -> None:
         """See ``Source``."""
         self._source.close()
 
     def _sound(self, batch: Any) -> bool:
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, Batch) or not isinstance(batch.lost, int) or batch.lost < 0:
             return False
         for array, kind in ((batch.values, np.float64), (batch.t, np.int64)):
             if not isinstance(array, np.ndarray) or array.dtype != kind:

@@ -3,16 +3,17 @@
 import logging
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Final
 
 from msgspec import Meta
 from paho.mqtt.client import Client, MQTTMessage, error_string
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import LocalBroker, PlantBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.credentials import credentials
 from contract.errors import PitheadError
@@ -20,6 +21,8 @@ from contract.errors import PitheadError
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD: Final = 256 * 1024
+MAX_PACKET: Final = 4 * MAX_PAYLOAD
+"""Larger ones are not even sent by the broker."""
 CONNECT_S: Final = 10.0
 LOOP_S: Final = 0.5
 """How long the client's thread waits for the network at once."""
@@ -47,9 +50,15 @@ class Connection:
         table: str = "lanes.source",
         code: str = "source.failed",
         properties: Properties | None = None,
+        kept: Collection[str] | None = None,
     ) -> None:
-        """``table`` of the configuration and ``code`` are for errors, ``properties`` for CONNECT."""
-        self._table, self._code, self._properties = table, code, properties
+        """``table`` of the configuration and ``code`` are for errors, ``properties`` for CONNECT.
+
+        Of ``kept`` topics alone the broker sends what it has kept; None: of all.
+        """
+        self._table, self._code = table, code
+        self._properties: Properties | None = properties or _small_packets()
+        self._kept, self._drops_kept = (topics if kept is None else kept), kept is not None
         self._broker, self._topics, self._qos, self._clock = broker, topics, qos, clock
         self._received, self._say_subscribed = received, subscribed
         self._port = broker.port or (8883 if broker.tls else 1883)
@@ -57,9 +66,11 @@ class Connection:
         self._subscribed = False
         self._closing = False
         self._opened = clock.mono()
-        self._client = Client(
-            CallbackAPIVersion.VERSION2, client_id=broker.client_id, protocol=MQTTProtocolVersion.MQTTv5
-        )
+        protocol = version(broker)
+        self._old = protocol is not MQTTProtocolVersion.MQTTv5
+        if self._old:
+            self._properties = None  # which are of MQTT 5
+        self._client = Client(CallbackAPIVersion.VERSION2, client_id=broker.client_id, protocol=protocol)
         self._client.on_connect = self._connected
         self._client.connect_timeout = CONNECT_S / 2
         self._client.on_subscribe = self._granted
@@ -130,8 +141,16 @@ class Connection:
         if reason.is_failure:
             self._problem = f"refused: {reason}"
             return
-        options = SubscribeOptions(qos=self._qos)
-        client.subscribe([(topic, options) for topic in self._topics])
+        if self._old:  # what the broker has kept comes, and is left out on arrival
+            client.subscribe([(t, self._qos) for t in self._topics])
+            return
+        send, do_not = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE, SubscribeOptions.RETAIN_DO_NOT_SEND
+        client.subscribe(
+            [
+                (t, SubscribeOptions(qos=self._qos, retainHandling=send if t in self._kept else do_not))
+                for t in self._topics
+            ]
+        )
 
     def _granted(
         self, _client: Client, _userdata: Any, _mid: int, reasons: list[Any], _properties: Any
@@ -144,7 +163,23 @@ class Connection:
             self._say_subscribed()
 
     def _message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        if self._old and message.retain and message.topic not in self._kept and self._drops_kept:
+            return
         self._received(message.topic, bytes(message.payload))
+
+
+def version(broker: LocalBroker) -> MQTTProtocolVersion:
+    """Return the protocol that a broker speaks, as the configuration has it."""
+    if isinstance(broker, PlantBroker) and broker.protocol == "3.1.1":
+        return MQTTProtocolVersion.MQTTv311
+    return MQTTProtocolVersion.MQTTv5
+
+
+def _small_packets() -> Properties:
+    """Return a wish to the broker: nothing so large that reading it would take the device's memory."""
+    wish = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    wish.MaximumPacketSize = MAX_PACKET
+    return wish
 
 
 def tls_context(broker: LocalBroker, table: str, code: str) -> ssl.SSLContext:

@@ -3,7 +3,9 @@
 A row has for each channel the newest value whose time is not after the row's.
 A row waits ``delay`` for values that are on their way; a value that comes
 after the row it belongs to is late: it counts as a lost sample, and stands
-from the next row on. All times are microseconds UTC.
+from the next row on. Two values in order that are both far older than the
+one before them say that the sensor's clock was set back; the second is then
+the newest. All times are microseconds UTC.
 """
 
 import logging
@@ -45,6 +47,8 @@ class Hold:
         self._current = [NOTHING] * width
         self._since: list[int | None] = [None] * width
         """Time of the newest value of each channel, None before the first."""
+        self._older: list[int | None] = [None] * width
+        """Time of the last value that came far too late, while no other has come."""
         self._next: int | None = None
         """Time of the next row, None before the first value."""
         self._lost = 0
@@ -59,9 +63,10 @@ class Hold:
             self._next = now + self._period
         self._offline = False
         newest = self._since[place]
-        if newest is not None and taken < newest:
+        if newest is not None and taken < newest and not self._was_set_back(place, taken, newest):
             self._lost += 1
             return
+        self._older[place] = None
         if newest is not None and taken <= self._next - self._period and t is not None:
             self._lost += 1
         self._since[place] = taken
@@ -126,6 +131,17 @@ class Hold:
                 if since is not None and t - since > self._max_age:
                     row[place] = NOTHING
         return row
+
+    def _was_set_back(self, place: int, taken: int, newest: int) -> bool:
+        """Return whether the sensor's clock was: then what it said before is older than what it says now."""
+        older, self._older[place] = self._older[place], taken
+        if newest - taken <= MAX_BEHIND_US or older is None or taken < older:
+            return False
+        self._gap = True
+        self._pending[place].clear()
+        facts = {"source": self._name, "seconds": round((newest - taken) / 1e6, 1)}
+        log.warning("source.clock_back", extra={"facts": facts})
+        return True
 
     def _believed(self, t: int | None, now: int) -> int:
         if t is None or t - now > MAX_AHEAD_US:

@@ -63,6 +63,11 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of the rows; default: the manifest's."""
     max_body_bytes: Annotated[int, Meta(ge=1024, le=64 * 1024 * 1024)] = 1024 * 1024
 
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a key that would not be used."""
+        if self.key_file is not None and self.certificate_file is None:
+            raise ValueError("key_file stands without certificate_file: nothing would be encrypted")
+
 
 SETTINGS: Final = HttpSettings
 
@@ -119,6 +124,10 @@ class Order:
         """Return the rows in stretches without a gap, and how many were late; raises ``Refused``."""
         stretches: list[Stretch] = []
         newest, late = self._newest, 0
+        # No row was ever further ahead than this: the device's clock was set back since.
+        set_back = newest is not None and newest - now > AHEAD_US
+        if set_back:
+            newest = None
         for number, row in enumerate(rows):
             values = self._values(row, number)
             t = _time(row.t, number, now)
@@ -129,7 +138,7 @@ class Order:
                 continue
             lost = self._between(newest, t)
             if lost or not stretches:
-                stretches.append(Stretch([], lost))
+                stretches.append(Stretch([], lost, gap=lost > 0 or (set_back and not stretches)))
             stretches[-1].rows.append((t, values))
             newest = t
         self._newest = newest
@@ -157,6 +166,7 @@ class Stretch(Struct):
 
     rows: list[tuple[int, list[float]]]
     lost: int
+    gap: bool
 
 
 def _number(value: object, number: int, channel: Channel) -> float:
@@ -249,7 +259,7 @@ class HttpSource(LoopSource):
             raise Refused(429, f"{len(rows)} rows, there is room for {room}; send them again later")
         stretches, late = self._order.sort(rows, self._clock.wall())
         for stretch in stretches:
-            self.inbox.put(stretch.rows, lost=stretch.lost, gap=stretch.lost > 0)
+            self.inbox.put(stretch.rows, lost=stretch.lost, gap=stretch.gap)
         if late:
             self.inbox.miss(late)
         return Answer(len(rows) - late, late)

@@ -13,6 +13,7 @@ follow, the newest pictures count: older ones are left out, and counted.
 """
 
 import logging
+import stat
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -72,18 +73,35 @@ class Directory:
     def __init__(self, given: ImagesSettings) -> None:
         self._path, self._suffixes, self._order = Path(given.path), given.suffixes, given.order
         self._last: Key | None = None
+        self._newest = 0
+        """Time of the newest file, microseconds UTC."""
+        self._complained = False
         if not given.existing:
-            self._last = max((key for key, _, _ in self._files()), default=None)
+            there = list(self._files())
+            self._last = max((key for key, _, _ in there), default=None)
+            self._newest = max((t for _, _, t in there), default=0)
 
     def new(self) -> list[tuple[Path, int]]:
         """Return files that came since the call before, and their times (microseconds UTC), oldest first."""
-        found = sorted(
-            ((key, path, t) for key, path, t in self._files() if self._last is None or key > self._last),
-            key=lambda one: one[0],
-        )
+        found = []
+        for key, path, t in self._files():
+            if self._last is None or key > self._last:
+                found.append((key, path, t))
+            elif t > self._newest and key != self._last:
+                self._say_not_newer(path)
+        found.sort(key=lambda one: one[0])
         if found:
             self._last = found[-1][0]
+            self._newest = max(self._newest, *(t for _, _, t in found))
         return [(path, t) for _, path, t in found]
+
+    def _say_not_newer(self, path: Path) -> None:
+        """A camera whose counter begins anew, or has no zeros before it, would be silent for ever."""
+        if self._complained:
+            return
+        self._complained = True
+        facts = {"file": path.name, "after": str(self._last[-1]) if self._last else ""}
+        log.warning("source.name_not_newer", extra={"facts": facts})
 
     def _files(self) -> Iterator[tuple[Key, Path, int]]:
         """Raises ``OSError`` where the directory cannot be read."""
@@ -94,6 +112,8 @@ class Directory:
                 status = path.stat()
             except FileNotFoundError:
                 continue  # it came and went
+            if not stat.S_ISREG(status.st_mode):
+                continue  # to open a pipe could take for ever
             by_time = self._order == "time"
             yield (
                 (status.st_mtime_ns, path.name) if by_time else (path.name,),

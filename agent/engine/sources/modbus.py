@@ -9,19 +9,18 @@ missing samples; an address that it does not have ends the connection, since
 nothing but another address will mend it.
 """
 
-import logging
 import re
 import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from agent.engine.clock import Clock
+from agent.engine.links.modbus import FORMATS, HIGHEST, HIGHEST_UNIT, READS, Link, ModbusServer
 from agent.engine.sources.base import Source, Table, sample_rate, settings
 from agent.engine.sources.inbox import ThreadedSource
 from agent.engine.sources.tags import Address, addresses
@@ -31,20 +30,9 @@ from contract.manifest import Pipeline
 Kind = Literal["holding", "input", "coil", "discrete"]
 
 ADDRESS: Final = re.compile(r"(?:(\d{1,3})/)?(holding|input|coil|discrete):(\d{1,5})(?:\.(\d{1,2}))?")
-FORMATS: Final = {
-    "int16": "h",
-    "uint16": "H",
-    "int32": "i",
-    "uint32": "I",
-    "int64": "q",
-    "uint64": "Q",
-    "float32": "f",
-    "float64": "d",
-}
 MAX_REGISTERS: Final = 125
 """In one request, by the protocol."""
 MAX_BITS: Final = 2000
-HIGHEST: Final = 65535
 BITS: Final = 16
 CATCH_UP: Final = 4
 """Periods that a slow answer may delay the next reads, which then follow at once; more are lost."""
@@ -52,21 +40,14 @@ ILLEGAL: Final = {1: "function", 2: "address", 3: "value"}
 """Exception codes that will come again however often one asks."""
 
 
-class ModbusSettings(Struct, frozen=True, forbid_unknown_fields=True):
+class ModbusSettings(ModbusServer, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["modbus"]
-    host: Annotated[str, Meta(min_length=1)]
-    port: Annotated[int, Meta(ge=1, le=65535)] = 502
-    unit_id: Annotated[int, Meta(ge=0, le=255)] = 1
-    """Of addresses that name none."""
     tags: tuple[Address, ...] | None = None
     rate_hz: Annotated[float, Meta(gt=0, le=100)] | None = None
-    word_order: Literal["big", "little"] = "big"
-    """Which register of a value of 32 or 64 bits comes first: the most significant is ``big``."""
     max_gap: Annotated[int, Meta(ge=0, le=120)] = 0
     """Registers or bits that nobody wants and that may be read along, to save a request."""
-    timeout_s: Annotated[float, Meta(ge=0.05, le=60)] = 2.0
 
 
 SETTINGS: Final = ModbusSettings
@@ -156,7 +137,7 @@ def _point(place: int, tag: Address, unit_id: int) -> Point:
         format=code,
         bit=int(bit or 0),
     )
-    if point.unit > 255 or point.end > HIGHEST + 1:  # noqa: PLR2004 - a unit is one byte
+    if point.unit > HIGHEST_UNIT or point.end > HIGHEST + 1:
         raise _invalid(tag, "lies beyond register 65535 or unit 255")
     return point
 
@@ -200,15 +181,7 @@ class ModbusSource(ThreadedSource):
         self._blocks = grouped(points, given.max_gap)
         self._width = len(points)
         self._socket: socket.socket | None = None
-        try:
-            self._client: Any = import_module("pymodbus.client").ModbusTcpClient
-            self._error: Any = import_module("pymodbus.exceptions").ModbusException
-        except ImportError as error:
-            raise PitheadError(
-                "source.failed", "modbus: pymodbus is missing; install the extra `modbus`"
-            ) from error
-        # What goes wrong is said by us, once; the library says it again with each try.
-        logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
+        self._link = Link(given, "source.failed")
 
     def interrupt(self) -> None:
         """See ``ThreadedSource``."""
@@ -256,27 +229,23 @@ class ModbusSource(ThreadedSource):
         }[block.kind]
         try:
             answer = read(block.start, count=block.count, device_id=block.unit)
-        except self._error as error:
-            raise PitheadError("source.failed", f"{block}: {_told(error, self._given.timeout_s)}") from error
+        except self._link.error as error:
+            raise PitheadError("source.failed", f"{block}: {self._link.told(error)}") from error
         if not answer.isError():
             got = len(answer.bits) if block.kind in {"coil", "discrete"} else len(answer.registers)
-            if got < block.count:
+            if answer.function_code != READS[block.kind]:
+                raise PitheadError(
+                    "source.failed", f"{block}: the answer is of function {answer.function_code}"
+                )
+            if got < block.count or (block.kind in {"holding", "input"} and got > block.count):
                 raise PitheadError("source.failed", f"{block}: {got} values came for {block.count}")
         return answer
 
     @contextmanager
     def _connected(self) -> Iterator[Any]:
-        given = self._given
-        made = socket.create_connection((given.host, given.port), given.timeout_s)
-        with closing(self._client(given.host, port=given.port, timeout=given.timeout_s, retries=0)) as client:
-            client.socket = self._socket = made
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client, self._socket = self._link.connected()
+        with closing(client):
             yield client
-
-
-def _told(error: Exception, timeout_s: float) -> str:
-    text = str(error)
-    return f"no answer in {timeout_s:g} s" if "No response" in text else text.splitlines()[0]
 
 
 def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:

@@ -5,7 +5,8 @@ list in the order of the channels, or a bare number where there is one
 channel. With ``topics`` each channel has a topic of its own with a bare
 number; a row is complete when every channel has a new value, and a second
 value of a channel before that replaces the first: the slowest channel sets the
-pace. A mark, such as the machine's state, waits for nothing: its last value
+pace. What the broker has kept of samples is not asked for, since nobody
+knows its age. A mark, such as the machine's state, waits for nothing: its last value
 stands in each row. A message that cannot be used counts as a missing sample.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Final, Literal
 import msgspec
 import numpy as np
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import PlantBroker
 from agent.engine.clock import Clock
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, settings
 from agent.engine.sources.broker import MAX_PAYLOAD, Connection, Topic
@@ -33,7 +34,7 @@ MAX_WAITING: Final = 20_000
 _row = msgspec.json.Decoder(dict[str, Any] | list[Any] | int | float | bool | str | None)
 
 
-class MqttSettings(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MqttSettings(PlantBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["mqtt"]
@@ -164,7 +165,9 @@ class MqttSource:
         self._rows = Rows(columns, given.topics, clock, channels)
         self._width = len(columns)
         topics = tuple(dict.fromkeys(given.topics or (given.topic or "",)))
-        self._connection = Connection(given, topics, self._rows.message, clock, qos=given.qos)
+        # Of a sample that the broker has kept nobody knows how old it is; a state stands until another comes.
+        marks = {t for t, c in zip(given.topics or (), channels, strict=False) if isinstance(c, Mark)}
+        self._connection = Connection(given, topics, self._rows.message, clock, qos=given.qos, kept=marks)
         self._connection.start()
 
     def poll(self, limit: int) -> Batch | None:
@@ -207,5 +210,12 @@ def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
                 "config.invalid",
                 f"lanes.source.{name} names {len(names)}, the model has {channels} channels",
                 key=name,
+            )
+    for topic in given.topics or ():
+        if "+" in topic or "#" in topic:
+            raise PitheadError(
+                "config.invalid",
+                f"lanes.source.topics has {topic!r}: each channel is one topic",
+                key="topics",
             )
     return MqttSource(given, columns, pipeline.channels, clock)

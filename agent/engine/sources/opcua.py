@@ -9,19 +9,16 @@ is a missing sample, and so is one of uncertain status unless
 
 import asyncio
 import contextlib
-import logging
 import math
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from agent.engine.clock import Clock
+from agent.engine.links.opcua import Link, OpcuaServer
 from agent.engine.sources.base import TICK_S, Source, Table, sample_rate, settings
-from agent.engine.sources.credentials import credentials
 from agent.engine.sources.hold import Hold
 from agent.engine.sources.loop import LoopSource
 from agent.engine.sources.marks import value_of
@@ -38,12 +35,10 @@ QUEUE: Final = 10_000
 DISCONNECT_S: Final = 1.0
 
 
-class OpcuaSettings(Struct, frozen=True, forbid_unknown_fields=True):
+class OpcuaSettings(OpcuaServer, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["opcua"]
-    url: Annotated[str, Meta(pattern=r"^opc\.tcp://[^@]+$")]
-    """As ``opc.tcp://host:4840/path``; credentials have a file of their own."""
     tags: tuple[Address, ...] | None = None
     rate_hz: Annotated[float, Meta(gt=0, le=1000)] | None = None
     sampling_ms: Annotated[float, Meta(ge=0, le=86_400_000)] | None = None
@@ -55,16 +50,6 @@ class OpcuaSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_age_s: Annotated[float, Meta(gt=0)] | None = None
     """A value that is older is missing; for servers that renew the time of values that stay the same."""
     accept_uncertain: bool = False
-    security_policy: Literal["Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] | None = None
-    security_mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
-    certificate_file: str | None = None
-    """The device's, PEM or DER; its URI among the alternative names is the application's."""
-    key_file: str | None = None
-    server_certificate_file: str | None = None
-    """The server's own: nobody else is spoken to."""
-    credentials_file: str | None = None
-    """TOML with ``username`` and ``password``."""
-    timeout_s: Annotated[float, Meta(ge=0.1, le=60)] = 4.0
 
 
 SETTINGS: Final = OpcuaSettings
@@ -83,8 +68,8 @@ class OpcuaSource(LoopSource):
     ) -> None:
         super().__init__(f"opcua {given.url}", len(tags))
         self._given, self._tags, self._channels, self._clock = given, tags, channels, clock
-        self._login = None if given.credentials_file is None else credentials(given.credentials_file)
-        self._uri = None if given.certificate_file is None else application_uri(given.certificate_file)
+        self._link = Link(given, "lanes.source", "source.failed")
+        self._library = self._link.library
         self._period_ms = 1000 / rate_hz
         self._tick_s = min(TICK_S, self._period_ms / 1000)
         sourced = given.timestamps != "arrival"
@@ -96,15 +81,6 @@ class OpcuaSource(LoopSource):
             round(2000 * given.publishing_ms) if sourced else 0,
             None if given.max_age_s is None else round(given.max_age_s * 1e6),
         )
-        try:
-            self._library: Any = import_module("asyncua")
-            self._policies: Any = import_module("asyncua.crypto.security_policies")
-        except ImportError as error:
-            raise PitheadError(
-                "source.failed", "opcua: asyncua is missing; install the extra `opcua`"
-            ) from error
-        # What goes wrong is said by us, once; the library says much more.
-        logging.getLogger("asyncua").setLevel(logging.CRITICAL)
 
     async def serve(self) -> None:
         """See ``LoopSource``."""
@@ -136,37 +112,12 @@ class OpcuaSource(LoopSource):
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
-        given = self._given
-        client = self._library.Client(given.url, timeout=given.timeout_s, watchdog_intervall=given.timeout_s)
-        client.name = client.description = "pithead"
-        if self._login is not None:
-            client.set_user(self._login.username)
-            client.set_password(self._login.password)
+        client = await self._link.connected(watchdog_intervall=self._given.timeout_s)
         try:
-            if given.security_policy is not None:
-                await self._secure(client, given.security_policy)
-            await client.connect()
             yield client
         finally:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(client.disconnect(), DISCONNECT_S)
-
-    async def _secure(self, client: Any, policy: str) -> None:
-        given = self._given
-        own, key, server = given.certificate_file, given.key_file, given.server_certificate_file
-        try:
-            client.application_uri = self._uri or client.application_uri
-            await client.set_security(
-                getattr(self._policies, f"SecurityPolicy{policy}"),
-                certificate=own,
-                private_key=key,
-                server_certificate=server,
-                mode=self._library.ua.MessageSecurityMode[given.security_mode],
-            )
-        except (OSError, ValueError) as error:
-            raise PitheadError(
-                "source.failed", f"certificate_file, key_file or server_certificate_file: {error}"
-            ) from error
 
     async def _subscribed(self, client: Any) -> Any:
         ua = self._library.ua
@@ -220,14 +171,9 @@ class OpcuaSource(LoopSource):
         return refused
 
     async def _node(self, client: Any, tag: Address) -> Any:
-        ua = self._library.ua
-        text = tag.address
         try:
-            if text.startswith("nsu="):
-                uri, _, rest = text.removeprefix("nsu=").partition(";")
-                text = f"ns={await client.get_namespace_index(uri)};{rest}"
-            return ua.NodeId.from_string(text)
-        except (ua.UaStringParsingError, ValueError) as error:
+            return await self._link.node(client, tag.address)
+        except (self._library.ua.UaStringParsingError, ValueError) as error:
             raise PitheadError(
                 "source.failed", f"channel {tag.channel!r}: {tag.address!r} is no node here: {error}"
             ) from error
@@ -265,32 +211,10 @@ class OpcuaSource(LoopSource):
         return passed // MICROSECOND
 
 
-def application_uri(path: str) -> str | None:
-    """Return the application's URI, which stands in its certificate, if one does."""
-    from cryptography import x509  # noqa: PLC0415 - only those who use certificates pay for it
-
-    try:
-        certificate = Path(path).read_bytes()
-        pem = certificate.lstrip().startswith(b"-----BEGIN")
-        read = x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate
-        names = read(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None
-    except (OSError, ValueError) as error:
-        raise PitheadError("source.failed", f"lanes.source.certificate_file {path}: {error}") from error
-    return next(iter(names.get_values_for_type(x509.UniformResourceIdentifier)), None)
-
-
 def open_source(table: Table, pipeline: Pipeline, clock: Clock) -> Source:
     """Begin to connect; whether that works shows in ``poll``."""
     given = settings(table, OpcuaSettings)
     tags = tuple(addresses(given.tags))
-    if given.security_policy is not None:
-        for key in ("certificate_file", "key_file", "server_certificate_file"):
-            if getattr(given, key) is None:
-                raise PitheadError(
-                    "config.invalid", f"lanes.source.{key} is missing: the security policy needs it", key=key
-                )
     source = OpcuaSource(given, tags, pipeline.channels, sample_rate(given.rate_hz, pipeline), clock)
     source.start()
     return source

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import math
+import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,30 +152,45 @@ def _rows(path: Path, columns: tuple[str, ...], channels: tuple[Channel, ...]) -
 def _csv(path: Path, columns: tuple[str, ...], channels: tuple[Channel, ...]) -> NDArray[np.float64]:
     """Read the columns of a CSV file with a header line; a cell of ``MISSING`` is a missing sample.
 
+    Between the cells is what the header has most of: comma, semicolon (then with decimal commas) or tab.
+
     Lines with nothing on them are left out, wherever they stand.
     """
     values = array("d")
     try:
         with _text(path) as file:
-            reader = csv.reader(file)
+            first = file.readline(csv.field_size_limit())
+            delimiter = max(",;\t", key=first.count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter)
             places = _places(path, [name.strip() for name in next(reader, [])], columns)
             for row in reader:
                 if not any(map(str.strip, row)) and len(row) <= 1:
                     continue
                 try:
-                    values.extend([_cell(row[i], c) for i, c in zip(places, channels, strict=True)])
+                    values.extend(
+                        [
+                            _cell(row[i], c, comma=delimiter == ";")
+                            for i, c in zip(places, channels, strict=True)
+                        ]
+                    )
                 except (ValueError, IndexError) as error:
                     raise PitheadError("source.failed", f"{path} line {reader.line_num}: {error}") from error
                 _check_size(path, len(values))
-    except (csv.Error, EOFError, UnicodeDecodeError) as error:
+    except (csv.Error, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise PitheadError("source.failed", f"{path}: {error}") from error
     return np.frombuffer(values, np.float64).reshape(-1, len(columns))
 
 
-def _cell(text: str, channel: Channel) -> float:
+def _cell(text: str, channel: Channel, *, comma: bool = False) -> float:
+    """Return a cell's number; with ``comma`` it may have a decimal comma. Raises ``ValueError``."""
     if text.strip().lower() in MISSING:
         return math.nan
-    return channel.texts.number(text.strip()) if isinstance(channel, Mark) else float(text)
+    if isinstance(channel, Mark):
+        return channel.texts.number(text.strip())
+    if "_" in text:  # which is a number to Python alone
+        raise ValueError(f"could not convert string to float: {text!r}")
+    return float(text.replace(",", ".") if comma and "." not in text else text)
 
 
 @contextmanager
@@ -218,6 +234,8 @@ def _places(path: Path, header: list[str], columns: tuple[str, ...]) -> list[int
         if name not in header:
             # Another file may lie there soon, so it is worth another look.
             raise PitheadError("source.failed", f"{path} has no column {name!r}", key="columns")
+        if header.count(name) > 1:
+            raise PitheadError("source.failed", f"{path} has two columns {name!r}", key="columns")
     return [header.index(name) for name in columns]
 
 

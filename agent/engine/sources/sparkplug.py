@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from agent.core.settings import LocalBroker
+from agent.core.settings import PlantBroker
 from agent.engine.clock import Clock
 from agent.engine.sources import sparkplug_payload as payloads
 from agent.engine.sources.base import TICK_S, Batch, Source, Table, sample_rate, settings
@@ -40,7 +40,7 @@ MAX_METRICS: Final = 100_000
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^+#/\x00]+$")]
 
 
-class SparkplugSettings(LocalBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SparkplugSettings(PlantBroker, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The lane's ``source`` table."""
 
     kind: Literal["sparkplug"]
@@ -130,6 +130,8 @@ class EdgeNode:
     def _birth(self, payload: payloads.Payload, now: int) -> bool:
         if len(payload.samples) > MAX_METRICS:
             raise PitheadError("source.failed", f"a birth of more than {MAX_METRICS} metrics")
+        # What an older birth said does not count: a metric that is gone must not stand for ever.
+        self._aliases, self._datatypes = {}, {}
         for sample in payload.samples:
             if sample.name in self._places:
                 self._datatypes[sample.name] = sample.datatype

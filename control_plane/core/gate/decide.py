@@ -40,6 +40,7 @@ from control_plane.core.gate.scores import (
     Strata,
     column,
     contrast,
+    muted,
     presence,
     recent_silence,
     silence_column,
@@ -84,9 +85,10 @@ class _Comparison:
         self.treated: Booleans = np.asarray(evidence.treated, dtype=bool)
         labels = np.unique(np.asarray(evidence.strata), return_inverse=True)[1]
         self.strata = Strata(labels)
-        self.present = presence(evidence)
+        self.scored = presence(evidence)
+        self.muted = muted(evidence)
         self.panels = {metric.name: Panel(evidence, metric) for metric in policy.metrics}
-        buckets = self.present.shape[1] - evidence.pre
+        buckets = self.scored.shape[1] - evidence.pre
         self.last = evidence.last or policy.max_soak_buckets
         planned = spending.schedule(policy.first_look, policy.look_growth, self.last)
         self.looks = [bucket for bucket in planned if bucket <= buckets]
@@ -132,12 +134,13 @@ class _Comparison:
 
     def _silence(self, bucket: int) -> Floats:
         """Return how silent each device was lately, in all metrics together."""
-        return recent_silence(self.present, self.evidence.pre, bucket, self.policy.silent_buckets)
+        present = self.scored | self.muted
+        return recent_silence(present, self.evidence.pre, bucket, self.policy.silent_buckets)
 
     def _missing(self, metric: Metric, bucket: int) -> Floats:
         """Return how silent each device was lately in one metric."""
-        seen = self.panels[metric.name].seen
-        return recent_silence(seen, self.evidence.pre, bucket, self.policy.silent_buckets)
+        accounted = self.panels[metric.name].accounted
+        return recent_silence(accounted, self.evidence.pre, bucket, self.policy.silent_buckets)
 
     def _permute(
         self, harm: list[list[Column]], margins: list[list[Column | None]]
@@ -216,7 +219,7 @@ class _Comparison:
             return Outcome.HALT, _harm_words(worst, metrics)
         if not self.evidence.may_advance:
             return Outcome.HOLD, "no harm shown; this comparison only watches"
-        absent = self._absent(bucket)
+        absent = self._absent(bucket) or self._standing(bucket)
         if absent is not None:
             return Outcome.HOLD, absent
         open_metrics = [look.metric for look in metrics if not look.passed]
@@ -237,6 +240,27 @@ class _Comparison:
                         f"{int((members & ~speaking).sum())} of {int(members.sum())} {arm} {words}; "
                         f"{self.policy.min_coverage:.0%} must report"
                     )
+        return None
+
+    def _standing(self, bucket: int) -> str | None:
+        """Return why the gate waits for machines that stand, or None.
+
+        What a machine's rest takes from the soak has to be made up for.
+        """
+        start, policy = self.evidence.pre, self.policy
+        stood = self.muted[:, start : start + bucket].sum(axis=1)
+        least = max(1, policy.shortest_soak)
+        short = (stood > 0) & (bucket - stood < least)
+        recent = self.scored[:, start + bucket - min(bucket, policy.silent_buckets) : start + bucket]
+        lately = np.any(recent, axis=1)
+        for arm, members in (("canaries", self.treated), ("controls", ~self.treated)):
+            if stood[members].any() and not lately[members].any():
+                return f"nothing is scored: the machines of all {arm} stand, or they are silent"
+            if float((~short[members]).mean()) < policy.min_coverage:
+                return (
+                    f"the machines of {int((members & short).sum())} of {int(members.sum())} {arm} stood: "
+                    f"{policy.min_coverage:.0%} must run for {least} buckets"
+                )
         return None
 
     def _metric_look(self, metric: Metric, bucket: int, table: Table, *, refuted: bool) -> MetricLook:
@@ -296,6 +320,7 @@ def _unreadable(evidence: Evidence, policy: Policy) -> str | None:
     if not any(evidence.treated) or all(evidence.treated):
         return f"no evidence: no {'controls' if any(evidence.treated) else 'canaries'}"
     shapes = {np.shape(evidence.series.get(metric.name, ())) for metric in policy.metrics}
+    shapes |= set() if evidence.muted is None else {np.shape(evidence.muted)}
     absent = [metric.name for metric in policy.metrics if metric.name not in evidence.series]
     if absent:
         return f"no evidence for {', '.join(absent)}"
@@ -314,7 +339,9 @@ def _unusable(evidence: Evidence, policy: Policy) -> str | None:
         if metric.logarithmic and metric.higher_is_worse and (values <= 0).any():
             return f"unreadable evidence: {metric.name} has values of 0 or less on the log scale"
         if after.shape[1] >= policy.first_look and np.isnan(after).all():
-            return f"no evidence for {metric.name} since the activation"
+            stand = muted(evidence)[:, evidence.pre :].any()
+            why = ": machines stand, and nothing is scored" if stand else ""
+            return f"no evidence for {metric.name} since the activation{why}"
     return None
 
 

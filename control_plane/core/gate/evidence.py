@@ -40,6 +40,9 @@ class Evidence(msgspec.Struct, frozen=True):
     """Bucket over which the error is spent; the policy's longest soak unless given."""
     may_advance: bool = True
     """False for a comparison that only watches for harm."""
+    muted: Any = None
+    """Devices x buckets: whether the device gave no windows since its machine did not run. Such a bucket is
+    neither evidence nor silence. None: no machine ever stood."""
 
 
 class MetricLook(msgspec.Struct, frozen=True):

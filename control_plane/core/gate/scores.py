@@ -60,7 +60,8 @@ class Panel:
                 values = np.where(seen, np.where(values > 0, np.log(values), LOWEST), np.nan)
         if not metric.higher_is_worse:
             values = -values
-        self.seen: Booleans = seen
+        self.accounted: Booleans = seen | muted(evidence)
+        """Where the device gave the metric, or had a reason not to."""
         self.pre = evidence.pre
         self._sums = _running(np.where(seen, values, 0.0))
         self._counts = _running(seen.astype(np.float64))
@@ -89,6 +90,13 @@ def presence(evidence: Evidence) -> Booleans:
     """Return devices x buckets: whether the device gave any value of any metric."""
     present: Booleans = np.any([~np.isnan(series) for series in evidence.series.values()], axis=0)
     return present
+
+
+def muted(evidence: Evidence) -> Booleans:
+    """Return devices x buckets: whether nothing could be seen since the machine did not run."""
+    if evidence.muted is not None:
+        return np.asarray(evidence.muted, dtype=bool)
+    return np.zeros(np.shape(next(iter(evidence.series.values()))), dtype=bool)
 
 
 def recent_silence(present: Booleans, pre: int, bucket: int, window: int) -> Floats:

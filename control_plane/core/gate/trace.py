@@ -1,22 +1,27 @@
 """Evidence as text: recorded, simulated and stored evidence have one form.
 
 JSON Lines: a header, then one line per bucket with a number or null for each
-device; several metrics are several such blocks, one after the other.
+device; several metrics are several such blocks, one after the other. Instead
+of null, ``"muted"`` says that the device had nothing to tell, since its
+machine did not run.
 """
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
 
 from contract.errors import PitheadError
-from control_plane.core.gate.evidence import Evidence, Floats
+from control_plane.core.gate.evidence import Booleans, Evidence, Floats
+from control_plane.core.gate.scores import muted
 
 DEFAULT_SEED: Final = "replay"
 _decode_line = msgspec.json.Decoder().decode
-_decode_row = msgspec.json.Decoder(list[float | None]).decode
+MUTED: Final = "muted"
+Cell = float | Literal["muted"] | None
+_decode_row = msgspec.json.Decoder(list[Cell]).decode
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -47,6 +52,7 @@ class Trace(msgspec.Struct, frozen=True):
 def write(evidence: Evidence, *, bucket_s: float, directions: dict[str, bool]) -> Iterator[str]:
     """Yield the lines of ``evidence``; reading them gives the same evidence to the last digit."""
     encoder = msgspec.json.Encoder()
+    silent = muted(evidence).T.tolist()
     for name, values in evidence.series.items():
         header = Header(
             metric=name,
@@ -62,13 +68,17 @@ def write(evidence: Evidence, *, bucket_s: float, directions: dict[str, bool]) -
             may_advance=evidence.may_advance,
         )
         yield encoder.encode(header).decode()
-        for row in np.asarray(values).T.tolist():
-            yield encoder.encode([None if math.isnan(value) else value for value in row]).decode()
+        for row, quiet in zip(np.asarray(values).T.tolist(), silent, strict=True):
+            cells = [
+                value if not math.isnan(value) else MUTED if q else None
+                for value, q in zip(row, quiet, strict=True)
+            ]
+            yield encoder.encode(cells).decode()
 
 
 def read(lines: Iterable[str]) -> Trace:
     """Return the trace in ``lines``; ``rollout.trace_invalid`` names the line and the field."""
-    blocks: list[tuple[int, Header, list[list[float | None]]]] = []
+    blocks: list[tuple[int, Header, list[list[Cell]]]] = []
     for number, text in enumerate(lines, start=1):
         line = text.strip()
         if not line:
@@ -84,12 +94,13 @@ def read(lines: Iterable[str]) -> Trace:
     return _trace(blocks)
 
 
-def _trace(blocks: list[tuple[int, Header, list[list[float | None]]]]) -> Trace:
+def _trace(blocks: list[tuple[int, Header, list[list[Cell]]]]) -> Trace:
     _, first, rows = blocks[0]
     devices = tuple(str(device) for device in first.devices)
     treated = _treated(blocks[0][0], first, devices)
     series: dict[str, Floats] = {}
     directions: dict[str, bool] = {}
+    quiet: Booleans = np.zeros((len(devices), len(rows)), dtype=bool)
     for number, header, values in blocks:
         for field in ("devices", "treated", "strata", "activated_at", "bucket_s", "seed"):
             if getattr(header, field) != getattr(first, field):
@@ -104,8 +115,11 @@ def _trace(blocks: list[tuple[int, Header, list[list[float | None]]]]) -> Trace:
             raise _invalid(
                 number, f"activated_at: {header.activated_at} lies behind the {len(values)} buckets"
             )
-        table = np.array(values, dtype=np.float64).reshape(len(values), len(devices))
+        numbers = [[None if cell == MUTED else cell for cell in row] for row in values]
+        table = np.array(numbers, dtype=np.float64).reshape(len(values), len(devices))
         series[header.metric] = table.T
+        cells = [[cell == MUTED for cell in row] for row in values]
+        quiet |= np.array(cells, dtype=bool).reshape(len(values), len(devices)).T
         if header.higher_is_worse is not None:
             directions[header.metric] = header.higher_is_worse
     evidence = Evidence(
@@ -118,6 +132,7 @@ def _trace(blocks: list[tuple[int, Header, list[list[float | None]]]]) -> Trace:
         alpha_share=first.alpha_share,
         last=first.last,
         may_advance=first.may_advance,
+        muted=quiet if quiet.any() else None,
     )
     return Trace(evidence=evidence, bucket_s=first.bucket_s, directions=directions)
 
@@ -145,11 +160,11 @@ def _header(number: int, line: str) -> Header:
     return header
 
 
-def _row(number: int, line: str, devices: int) -> list[float | None]:
+def _row(number: int, line: str, devices: int) -> list[Cell]:
     try:
         row = _decode_row(line)
     except msgspec.ValidationError as error:
-        raise _invalid(number, str(error)) from error
+        raise _invalid(number, f'{error}; give numbers, null or "{MUTED}"') from error
     except msgspec.DecodeError as error:
         raise _invalid(number, f"not JSON (a missing value is null, never NaN): {error}") from error
     if len(row) != devices:

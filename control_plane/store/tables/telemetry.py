@@ -110,6 +110,7 @@ class Summary(_Record, table=True):
     alarms: int = Field(sa_type=MICROS)
     missing: int = Field(sa_type=MICROS)
     suppressed: int = Field(sa_type=MICROS)
+    muted: int = Field(default=0, sa_type=MICROS, sa_column_kwargs={"server_default": "0"})
     queue: int = Field(sa_type=MICROS)
     variant: str | None = None
     accelerator: str | None = None

@@ -6,7 +6,10 @@
  *   slow_us=N  take so long for a run
  *   gain=X     multiply its results, as a driver that computes something else
  *   fail=TEXT  do not start, and say TEXT
- *   crash=1    die at the first run
+ *   crash=N    die at the Nth run, by abort
+ *   fault=N    write where there is nothing at the Nth run
+ *   hang=N     do not come back from the Nth run
+ *   leak_kb=N  keep so much of each run
  *
  * Structures: as far as needed, in the layout of TensorFlow Lite's core/c/common.h.
  */
@@ -94,7 +97,7 @@ typedef struct {
 } Params;
 
 typedef struct {
-    int take, slow_us, crash;
+    int take, slow_us, crash, fault, hang, leak_kb, runs;
     float gain;
 } Settings;
 
@@ -104,7 +107,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    const Settings *settings;
+    Settings *settings;
     int count;
     Layer layers[MOST];
     float *between[MOST]; /* results that no other node reads: the runtime has no room for them */
@@ -151,9 +154,14 @@ static Status kernel_prepare(Context *context, Node *node) {
 
 static Status kernel_invoke(Context *context, Node *node) {
     Kernel *kernel = node->user_data;
-    const Settings *settings = kernel->settings;
+    Settings *settings = kernel->settings;
     const float *x = context->tensors[kernel->layers[0].input].data;
-    if (settings->crash) abort();
+    int run = ++settings->runs;
+    if (run == settings->crash) abort();
+    if (run == settings->fault) *(volatile int *)NULL = 0;
+    if (run == settings->hang)
+        for (;;) pause();
+    if (settings->leak_kb) memset(malloc(settings->leak_kb * 1024L), run, settings->leak_kb * 1024L);
     if (settings->slow_us) usleep(settings->slow_us);
     for (int i = 0; i < kernel->count; i++) {
         const Layer *layer = &kernel->layers[i];
@@ -200,12 +208,15 @@ static Status prepare(Context *context, Delegate *delegate) {
 Delegate *tflite_plugin_create_delegate(
     const char *const *keys, const char *const *values, size_t count, void (*report)(const char *)) {
     Settings *settings = malloc(sizeof *settings);
-    *settings = (Settings){MOST, 0, 0, 1.0f};
+    *settings = (Settings){.take = MOST, .gain = 1.0f};
     for (size_t i = 0; i < count; i++) {
         if (!strcmp(keys[i], "take")) settings->take = atoi(values[i]);
         else if (!strcmp(keys[i], "slow_us")) settings->slow_us = atoi(values[i]);
         else if (!strcmp(keys[i], "gain")) settings->gain = strtof(values[i], NULL);
         else if (!strcmp(keys[i], "crash")) settings->crash = atoi(values[i]);
+        else if (!strcmp(keys[i], "fault")) settings->fault = atoi(values[i]);
+        else if (!strcmp(keys[i], "hang")) settings->hang = atoi(values[i]);
+        else if (!strcmp(keys[i], "leak_kb")) settings->leak_kb = atoi(values[i]);
         else {
             report(strcmp(keys[i], "fail") ? "an option is not known" : values[i]);
             free(settings);
