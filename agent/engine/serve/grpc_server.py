@@ -24,6 +24,9 @@ from agent.engine.serve.grpc_codec import Wish
 from agent.engine.serve.grpc_stream import Streamed
 from agent.engine.serve.grpc_templates import Templates
 from agent.engine.serve.grpc_wire import Head
+from agent.engine.serve.http2_bounds import NEVER
+from agent.engine.serve.http2_connection import Connection
+from agent.engine.serve.http2_stream import Stream
 from agent.engine.serve.proto.messages import SERVICE
 from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.service import Service
@@ -104,6 +107,8 @@ class Handler:
         self.templates = Templates()
         self.large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._streams: set[Streamed] = set()
+        self._known = 0
+        """Which tokens the streams were checked by."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.calls = Calls(service).by_path
 
@@ -111,7 +116,7 @@ class Handler:
         """See ``http2.Handler``."""
         return grpc_wire.head_of(fields)
 
-    def begin(self, stream: http2.Stream, said: Head) -> None:
+    def begin(self, stream: Stream, said: Head) -> None:
         """See ``http2.Handler``."""
         assert self.server is not None
         if not said.grpc:
@@ -133,6 +138,13 @@ class Handler:
         except PitheadError as error:
             self.refuse(stream, error)
 
+    def sweep(self) -> None:
+        """End the streams of whom the tokens know no more."""
+        if self.tokens is not None and self.tokens.changes != self._known:
+            self._known = self.tokens.changes
+            for streamed in list(self._streams):
+                streamed.check()
+
     def _admit(self, others: int) -> None:
         if others >= self.limits.connections:
             raise PitheadError("serve.overloaded", f"{others} calls are open", retry_after_s=1)
@@ -141,7 +153,7 @@ class Handler:
         """Return who asks; raises ``auth.missing``, ``auth.invalid``."""
         return ANYBODY if self.tokens is None else self.tokens.who(said.authorization)
 
-    def hold(self, size: int, but: http2.Connection) -> None:
+    def hold(self, size: int, but: Connection) -> None:
         """Count bytes that are not answered; raises ``serve.overloaded``, and counts them even so."""
         server = self.server
         assert server is not None
@@ -156,7 +168,7 @@ class Handler:
 
     def hurry(self, request: InferRequest, until: float) -> None:
         """Do not begin to run what the client will not wait for."""
-        if until == http2.NEVER:
+        if until == NEVER:
             return
         left = until - time.monotonic()
         if left < (request.timeout_us * 1e-6 or self.longest_s):
@@ -180,13 +192,13 @@ class Handler:
 
     # ---- how it ends
 
-    def refuse(self, stream: http2.Stream, error: PitheadError) -> None:
+    def refuse(self, stream: Stream, error: PitheadError) -> None:
         """End a call as ``error`` says."""
         wait = error.facts.get("retry_after_s", 1) if error.retryable else None
         pushback = max(1, round(wait * 1000)) if isinstance(wait, int | float) else None
         self.end_with(stream, status_of(error), words_of(error), pushback)
 
-    def end_with(self, stream: http2.Stream, status: str, words: str, pushback_ms: int | None) -> None:
+    def end_with(self, stream: Stream, status: str, words: str, pushback_ms: int | None) -> None:
         """End a call that failed."""
         if stream.open:
             self.count(status)
@@ -208,19 +220,19 @@ class Handler:
 
 
 class Unary:
-    """A call of one message. See ``http2.Receiver``."""
+    """A call of one message. See ``http2_stream.Receiver``."""
 
     __slots__ = ("_body", "_call", "_handler", "_held", "_ran", "_said", "_stream", "_until", "_who")
 
     def __init__(
-        self, handler: Handler, stream: http2.Stream, said: Head, who: Principal, call: Call | None
+        self, handler: Handler, stream: Stream, said: Head, who: Principal, call: Call | None
     ) -> None:
         self._handler, self._stream, self._said, self._who, self._call = handler, stream, said, who, call
         self._body: grpc_wire.Messages | None = None
         self._held = 0
         self._ran = False
         now = time.monotonic()
-        self._until = http2.NEVER if said.timeout_s is None else now + said.timeout_s
+        self._until = NEVER if said.timeout_s is None else now + said.timeout_s
         stream.deadline = min(self._until, now + handler.limits.body_s)
 
     def data(self, payload: bytes, *, ended: bool) -> None:
@@ -333,7 +345,7 @@ class Unary:
         self._free()
         if self._stream.open:
             self._handler.count("OK")
-            self._stream.deadline = http2.NEVER
+            self._stream.deadline = NEVER
             self._stream.send(grpc_wire.framed(data), grpc_wire.OK)
 
 

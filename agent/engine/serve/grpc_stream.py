@@ -9,10 +9,12 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from agent.engine.serve import grpc_codec, grpc_wire, http2, tensors
+from agent.engine.serve import grpc_codec, grpc_wire, tensors
+from agent.engine.serve import http2_bounds as bounds
 from agent.engine.serve.grpc_calls import words_of
 from agent.engine.serve.grpc_codec import RAW, Wish
 from agent.engine.serve.grpc_wire import Head
+from agent.engine.serve.http2_stream import Stream
 from agent.engine.serve.requests import InferRequest, InferResponse
 from contract.errors import PitheadError
 
@@ -38,9 +40,9 @@ class _Asked:
 
 
 class Streamed:
-    """One stream. See ``http2.Receiver``."""
+    """One stream. See ``http2_stream.Receiver``."""
 
-    def __init__(self, handler: "Handler", stream: http2.Stream, said: Head, client: str) -> None:
+    def __init__(self, handler: "Handler", stream: Stream, said: Head, client: str) -> None:
         self._handler, self._stream, self._said, self._client = handler, stream, said, client
         self._messages = grpc_wire.Messages(handler.limits.body_bytes)
         self._asked: deque[_Asked] = deque()
@@ -53,8 +55,8 @@ class Streamed:
         self._failed: PitheadError | None = None
         """What it is to end with when all that was read is answered."""
         self._over = False
-        self._until = http2.NEVER if said.timeout_s is None else time.monotonic() + said.timeout_s
-        stream.deadline = self._until
+        self._until = bounds.NEVER if said.timeout_s is None else time.monotonic() + said.timeout_s
+        stream.deadline = min(self._until, time.monotonic() + bounds.IDLE_S)
 
     def data(self, payload: bytes, *, ended: bool) -> None:
         """Take a piece of what the client sends."""
@@ -64,20 +66,20 @@ class Streamed:
         try:
             self._messages.feed(payload)
             self._account()
-            self._read()
         except PitheadError as error:
             self._fail(error)
-        except Exception as error:
-            log.exception("grpc.failed")
-            self._fail(PitheadError("internal.error", type(error).__name__))
+        else:
+            self._read()
 
     def lost(self) -> None:
         """The client does not wait."""
         self._close()
 
     def overdue(self) -> None:
-        """The client's deadline is over, or the message that it has begun does not come."""
-        self._handler.refuse(self._stream, PitheadError("serve.timeout", "the deadline is over"))
+        """The client's deadline is over, or no message came in time, or not the rest of one."""
+        over = time.monotonic() > self._until
+        words = "the deadline is over" if over else "no message arrived in time"
+        self._handler.refuse(self._stream, PitheadError("serve.timeout", words))
         self._close()
 
     def drained(self) -> None:
@@ -87,6 +89,14 @@ class Streamed:
     def end(self) -> None:
         """Read no more; what was read is still answered."""
         self._fail(PitheadError("serve.not_ready", "the server ends"))
+
+    def check(self) -> None:
+        """End if the token is known no more: who keeps silent is not asked for it."""
+        if self._failed is None and not self._over:
+            try:
+                self._handler.who(self._said)
+            except PitheadError as error:
+                self._fail(error)
 
     # ---- what is asked
 
@@ -101,7 +111,18 @@ class Streamed:
         self._handler.hold(self._held, self._stream.connection)
 
     def _read(self) -> None:
-        """Ask for all messages that have come whole, as far as there is room."""
+        """Ask for all messages that have come whole, as far as there is room, and answer what can be."""
+        try:
+            self._read_on()
+        except PitheadError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("grpc.failed")
+            self._fail(PitheadError("internal.error", type(error).__name__))
+        else:
+            self._give()
+
+    def _read_on(self) -> None:
         while not self._busy and len(self._asked) < AHEAD and self._failed is None and not self._over:
             found = self._messages.next()
             if found is None:
@@ -114,13 +135,12 @@ class Streamed:
             self._stream.deadline = self._until
         elif self._stream.hold:
             self._stream.resume()
-        self._give()
 
     def _ask(self, compressed: bool, data: bytes) -> None:  # noqa: FBT001 - of a pair
         asked = _Asked(len(data))
         self._asked.append(asked)
-        self._handler.hold(asked.size, self._stream.connection)
         try:
+            self._handler.hold(asked.size, self._stream.connection)
             self._client = self._handler.who(self._said).name  # its token may be known no more
         except PitheadError as error:
             asked.answer = self._failed = error
@@ -151,7 +171,8 @@ class Streamed:
         except PitheadError as error:
             asked.id, asked.answer = grpc_codec.identity_of(data), error
         else:
-            self._submit(asked, request)
+            if not self._over:
+                self._submit(asked, request)
         self._busy = False
         if not self._over:
             self._read()
@@ -179,7 +200,7 @@ class Streamed:
             return
         self._giving = True
         try:
-            was_full = len(self._asked) >= AHEAD
+            before = len(self._asked)
             stream = self._stream
             while self._asked and stream.open and not stream.unsent and not stream.connection.unread:
                 asked = self._asked[0]
@@ -190,9 +211,14 @@ class Streamed:
                 self._answer(asked, asked.answer)
         finally:
             self._giving = False
-        if not self._asked and (self._failed is not None or self._whole()):
+        if self._over or self._asked:
+            pass
+        elif self._failed is not None or self._whole():
             self._finish()
-        elif was_full and len(self._asked) < AHEAD and not self._over:
+        elif before:
+            wait = self._handler.limits.body_s if self._held else bounds.IDLE_S
+            stream.deadline = min(self._until, time.monotonic() + wait)
+        if before >= AHEAD > len(self._asked) and not self._over:
             self._read()
 
     def _whole(self) -> bool:
@@ -200,7 +226,7 @@ class Streamed:
 
     def _answer(self, asked: _Asked, answer: InferResponse | PitheadError) -> None:
         if not isinstance(answer, PitheadError):
-            data = grpc_codec.encode_streamed(answer, asked.wish)
+            data = self._encoded(asked, answer)
         elif self._said.strict or answer is self._failed:
             self._failed = answer
             for left in self._asked:
@@ -210,6 +236,16 @@ class Streamed:
         else:
             data = grpc_codec.encode_failure(words_of(answer), asked.id)
         self._stream.send(grpc_wire.framed(data))
+
+    def _encoded(self, asked: _Asked, answer: InferResponse) -> bytes:
+        try:
+            return grpc_codec.encode_streamed(answer, asked.wish)
+        except PitheadError as error:
+            return grpc_codec.encode_failure(words_of(error), asked.id)
+        except Exception as error:
+            log.exception("grpc.failed")
+            internal = PitheadError("internal.error", type(error).__name__)
+            return grpc_codec.encode_failure(words_of(internal), asked.id)
 
     def _fail(self, error: PitheadError) -> None:
         if self._failed is None:

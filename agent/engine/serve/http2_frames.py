@@ -43,7 +43,7 @@ SMALLEST_FRAME: Final = 16_384
 LARGEST_FRAME: Final = 2**24 - 1
 
 
-class ConnectionError2(Exception):  # noqa: N818 - RFC 9113's word for it
+class BrokenError(Exception):
     """The peer has broken the protocol so that nothing on this connection can be trusted any more."""
 
     def __init__(self, code: int, words: str) -> None:
@@ -90,9 +90,9 @@ def _length(text: bytes) -> bytes:
 
 
 def unpadded(flags: int, payload: bytes) -> bytes:
-    """Return what is not padding of DATA or HEADERS; raises ``ConnectionError2``."""
+    """Return what is not padding of DATA or HEADERS; raises ``BrokenError``."""
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):
-        raise ConnectionError2(PROTOCOL_ERROR, "there is more padding than frame")
+        raise BrokenError(PROTOCOL_ERROR, "there is more padding than frame")
     return payload[1 : len(payload) - payload[0]]

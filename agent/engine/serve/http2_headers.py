@@ -36,7 +36,7 @@ class Blocks(Generic[T]):
         self._known: dict[bytes, T] = {}
 
     def decode(self, block: bytes) -> T:
-        """Return the meaning; raises ``ConnectionError2``, ``MalformedError``."""
+        """Return the meaning; raises ``BrokenError``, ``MalformedError``."""
         known = self._known.get(block)
         if known is not None:
             return known
@@ -46,7 +46,7 @@ class Blocks(Generic[T]):
         try:
             fields = [(bytes(each[0]), bytes(each[1])) for each in self._decoder.decode(block, raw=True)]
         except HPACKError as error:
-            raise h2.ConnectionError2(h2.COMPRESSION_ERROR, f"header fields: {error}") from error
+            raise h2.BrokenError(h2.COMPRESSION_ERROR, f"header fields: {error}") from error
         entries = table.dynamic_entries
         same = len(entries) == before[0] and (entries[0] if entries else None) is before[1]
         if not same or table.maxsize != size:
