@@ -39,6 +39,8 @@ BACKLOG: Final = 1024
 LARGE: Final = 16 * 1024
 """Bytes; what is compressed and larger is inflated in a thread."""
 LARGE_AT_ONCE: Final = 2
+MOST_ELSE: Final = 256 * 1024
+"""Bytes of a message of any other call than an inference; it is taken apart on the loop."""
 _INFER: Final = f"/{SERVICE}/ModelInfer"
 _STREAM: Final = f"/{SERVICE}/ModelStreamInfer"
 
@@ -245,6 +247,7 @@ class Unary:
             if body is None:
                 body = self._body = grpc_wire.Messages(handler.limits.body_bytes)
             body.feed(payload)
+            _at_most_one(body)
             if ended:
                 found = _only(body)
                 self._stream.deadline = self._until
@@ -306,6 +309,8 @@ class Unary:
             except tensors.TooMuchAtOnceError:
                 self._handler.later(self._decode(data), self.refuse)
             return
+        if len(data) > MOST_ELSE:
+            raise PitheadError("serve.too_large", f"at most {MOST_ELSE} bytes are taken by this call")
         said = _parsed(self._call, data)
         if self._call.admin(said) and not self._who.admin:
             raise PitheadError("auth.forbidden", f"{self._who.name} may not change what is served")
@@ -354,12 +359,15 @@ def internal(error: Exception) -> PitheadError:
     return PitheadError("internal.error", type(error).__name__)
 
 
+def _at_most_one(body: grpc_wire.Messages) -> None:
+    if body.surplus:
+        raise PitheadError("serve.bad_request", "there is more than one message")
+
+
 def _only(body: grpc_wire.Messages) -> tuple[bool, bytes]:
     found = body.next()
     if found is None:
         raise PitheadError("serve.bad_request", "there is no message")
-    if body.waiting:
-        raise PitheadError("serve.bad_request", "there is more than one message")
     return found
 
 

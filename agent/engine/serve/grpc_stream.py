@@ -47,16 +47,20 @@ class Streamed:
         self._messages = grpc_wire.Messages(handler.limits.body_bytes)
         self._asked: deque[_Asked] = deque()
         self._held = 0
-        """Bytes of a message that has not come whole, as they are counted."""
+        """Bytes that have come and are not asked yet, as they are counted."""
         self._ended = False
         self._busy = False
         """A message is taken apart in a thread; those behind it wait."""
-        self._giving = False
+        self._going = False
+        self._later = False
+        """It will go on after the others' turn."""
+        self._partial = False
+        """The deadline is that of a message which has not come whole."""
         self._failed: PitheadError | None = None
         """What it is to end with when all that was read is answered."""
         self._over = False
         self._until = bounds.NEVER if said.timeout_s is None else time.monotonic() + said.timeout_s
-        stream.deadline = min(self._until, time.monotonic() + bounds.IDLE_S)
+        self._wake_in(bounds.IDLE_S)
 
     def data(self, payload: bytes, *, ended: bool) -> None:
         """Take a piece of what the client sends."""
@@ -69,7 +73,7 @@ class Streamed:
         except PitheadError as error:
             self._fail(error)
         else:
-            self._read()
+            self._go()
 
     def lost(self) -> None:
         """The client does not wait."""
@@ -84,7 +88,7 @@ class Streamed:
 
     def drained(self) -> None:
         """What was answered is read: go on."""
-        self._give()
+        self._go()
 
     def end(self) -> None:
         """Read no more; what was read is still answered."""
@@ -98,43 +102,83 @@ class Streamed:
             except PitheadError as error:
                 self._fail(error)
 
+    # ---- asking and answering
+
+    def _go(self) -> None:
+        """Ask what has come and answer what is ready, until it is the others' turn."""
+        if self._going or self._later or self._over:
+            return
+        self._going = True
+        asked = given = 0
+        try:
+            while asked < AHEAD and not self._over:
+                more = self._ask_what_came()
+                answered = self._answer_what_is_ready()
+                asked, given = asked + more, given + answered
+                if not (more or answered):
+                    break
+        except PitheadError as error:
+            self._failed = error
+        except Exception as error:
+            log.exception("grpc.failed")
+            self._failed = PitheadError("internal.error", type(error).__name__)
+        finally:
+            self._going = False
+        if asked >= AHEAD and not self._over:
+            self._later = True
+            self._handler.loop.call_soon(self._go_on)
+        self._wait(moved=bool(asked or given))
+
+    def _go_on(self) -> None:
+        self._later = False
+        self._go()
+
+    def _wait(self, *, moved: bool) -> None:
+        """See what is waited for, and how long that may take; end when nothing is."""
+        if self._over:
+            return
+        stream = self._stream
+        waits = bool(self._asked) or self._busy or (self._later and self._failed is None)
+        if not waits and (self._failed is not None or (self._ended and not stream.unsent)):
+            self._finish()
+            return
+        full = self._busy or self._later or len(self._asked) >= AHEAD
+        if full:
+            stream.hold = True
+        elif stream.hold:
+            stream.resume()
+        if not full and self._held:
+            if moved or not self._partial:
+                self._wake_in(self._handler.limits.body_s)
+            self._partial = True
+            return
+        self._partial = False
+        if waits:
+            stream.deadline = self._until
+        elif moved:
+            self._wake_in(bounds.IDLE_S)
+
+    def _wake_in(self, seconds: float) -> None:
+        self._stream.deadline = min(self._until, time.monotonic() + seconds)
+
     # ---- what is asked
 
     def _account(self) -> None:
         held, self._held = self._held, self._messages.waiting
         self._handler.release(held)
-        limits = self._handler.limits
-        if not self._held:
-            self._stream.deadline = self._until
-        elif not held:
-            self._stream.deadline = min(self._until, time.monotonic() + limits.body_s)
         self._handler.hold(self._held, self._stream.connection)
 
-    def _read(self) -> None:
-        """Ask for all messages that have come whole, as far as there is room, and answer what can be."""
-        try:
-            self._read_on()
-        except PitheadError as error:
-            self._fail(error)
-        except Exception as error:
-            log.exception("grpc.failed")
-            self._fail(PitheadError("internal.error", type(error).__name__))
-        else:
-            self._give()
-
-    def _read_on(self) -> None:
+    def _ask_what_came(self) -> int:
+        """Ask for all messages that have come whole, as far as there is room; return how many."""
+        count = 0
         while not self._busy and len(self._asked) < AHEAD and self._failed is None and not self._over:
             found = self._messages.next()
             if found is None:
                 break
+            count += 1
             self._account()
             self._ask(*found)
-        full = self._busy or len(self._asked) >= AHEAD
-        if full:
-            self._stream.hold = True
-            self._stream.deadline = self._until
-        elif self._stream.hold:
-            self._stream.resume()
+        return count
 
     def _ask(self, compressed: bool, data: bytes) -> None:  # noqa: FBT001 - of a pair
         asked = _Asked(len(data))
@@ -146,20 +190,30 @@ class Streamed:
             asked.answer = self._failed = error
             return
         if compressed:
-            self._busy = True
-            self._handler.later(self._in_thread(asked, data, compressed=True), self._fail)
+            self._in_thread(asked, data, compressed=True)
             return
         try:
             request, asked.wish = self._handler.templates.decode(data)
         except tensors.TooMuchAtOnceError:
-            self._busy = True
-            self._handler.later(self._in_thread(asked, data, compressed=False), self._fail)
+            self._in_thread(asked, data, compressed=False)
         except PitheadError as error:
             asked.id, asked.answer = grpc_codec.identity_of(data), error
+        except Exception as error:
+            log.exception("grpc.failed")
+            asked.answer = PitheadError("internal.error", type(error).__name__)
         else:
             self._submit(asked, request)
 
-    async def _in_thread(self, asked: _Asked, data: bytes, *, compressed: bool) -> None:
+    def _in_thread(self, asked: _Asked, data: bytes, *, compressed: bool) -> None:
+        def failed(error: PitheadError) -> None:
+            self._busy = False
+            asked.answer = error
+            self._go()
+
+        self._busy = True
+        self._handler.later(self._taken_apart(asked, data, compressed=compressed), failed)
+
+    async def _taken_apart(self, asked: _Asked, data: bytes, *, compressed: bool) -> None:
         handler = self._handler
         run = handler.loop.run_in_executor
         try:
@@ -174,8 +228,7 @@ class Streamed:
             if not self._over:
                 self._submit(asked, request)
         self._busy = False
-        if not self._over:
-            self._read()
+        self._go()
 
     def _submit(self, asked: _Asked, request: InferRequest) -> None:
         asked.id, request.client = request.id, self._client
@@ -183,46 +236,25 @@ class Streamed:
 
         def done(answer: InferResponse | PitheadError) -> None:
             asked.answer = answer
-            if not self._giving and self._asked and self._asked[0] is asked:
-                self._give()
+            if self._asked and self._asked[0] is asked:
+                self._go()
 
-        self._giving, before = True, self._giving
-        try:
-            self._handler.service.submit(request, done)
-        finally:
-            self._giving = before
+        self._handler.service.submit(request, done)
 
     # ---- what is answered
 
-    def _give(self) -> None:
-        """Answer in order what can be answered, as long as the client reads it."""
-        if self._giving or self._over:
-            return
-        self._giving = True
-        try:
-            before = len(self._asked)
-            stream = self._stream
-            while self._asked and stream.open and not stream.unsent and not stream.connection.unread:
-                asked = self._asked[0]
-                if asked.answer is None:
-                    break
-                self._asked.popleft()
-                self._handler.release(asked.size)
-                self._answer(asked, asked.answer)
-        finally:
-            self._giving = False
-        if self._over or self._asked:
-            pass
-        elif self._failed is not None or self._whole():
-            self._finish()
-        elif before:
-            wait = self._handler.limits.body_s if self._held else bounds.IDLE_S
-            stream.deadline = min(self._until, time.monotonic() + wait)
-        if before >= AHEAD > len(self._asked) and not self._over:
-            self._read()
-
-    def _whole(self) -> bool:
-        return self._ended and not self._busy and not self._stream.unsent
+    def _answer_what_is_ready(self) -> int:
+        """Answer in order what can be answered, as long as the client reads it; return how many."""
+        count, stream = 0, self._stream
+        while self._asked and stream.open and not stream.unsent:
+            asked = self._asked[0]
+            if asked.answer is None:
+                break
+            count += 1
+            self._asked.popleft()
+            self._handler.release(asked.size)
+            self._answer(asked, asked.answer)
+        return count
 
     def _answer(self, asked: _Asked, answer: InferResponse | PitheadError) -> None:
         if not isinstance(answer, PitheadError):
@@ -247,11 +279,12 @@ class Streamed:
             internal = PitheadError("internal.error", type(error).__name__)
             return grpc_codec.encode_failure(words_of(internal), asked.id)
 
+    # ---- how it ends
+
     def _fail(self, error: PitheadError) -> None:
         if self._failed is None:
             self._failed = error
-        self._busy = False
-        self._give()
+        self._go()
 
     def _finish(self) -> None:
         failed = self._failed

@@ -101,48 +101,65 @@ def framed(data: bytes) -> bytes:
 class Messages:
     """Takes messages out of the pieces in which they come."""
 
-    __slots__ = ("_buffer", "_most")
+    __slots__ = ("_at", "_buffer", "_most")
 
     def __init__(self, most: int) -> None:
         self._buffer: bytes | bytearray = b""
+        self._at = 0
+        """Where what is not taken out begins."""
         self._most = most
 
     @property
     def waiting(self) -> int:
         """Bytes of a message that has not come whole."""
-        return len(self._buffer)
+        return len(self._buffer) - self._at
+
+    @property
+    def surplus(self) -> bool:
+        """Whether there is more than one message."""
+        size = self._checked()
+        return size is not None and self.waiting > PREFIX + size
 
     def feed(self, piece: bytes) -> None:
         """Take a piece; raises ``serve.too_large``."""
         held = self._buffer
-        if not held:
+        if self._at == len(held):
             self._buffer = piece
         elif isinstance(held, bytes):
-            self._buffer = bytearray(held) + piece
+            self._buffer = bytearray(memoryview(held)[self._at :]) + piece
         else:
+            del held[: self._at]
             held += piece
+        self._at = 0
         self._checked()
 
     def next(self) -> tuple[bool, bytes] | None:
         """Return the next message, and whether it is compressed; None where it is not whole."""
         size = self._checked()
-        if size is None or len(self._buffer) < PREFIX + size:
+        if size is None:
             return None
-        held = self._buffer
-        whole = len(held) == PREFIX + size
-        message = held[PREFIX:] if whole else held[PREFIX : PREFIX + size]
-        compressed = bool(held[0])
-        self._buffer = b"" if whole else held[PREFIX + size :]
-        return compressed, bytes(message)
+        held, at = self._buffer, self._at
+        end = at + PREFIX + size
+        if end > len(held):
+            return None
+        message = (
+            held[at + PREFIX : end] if isinstance(held, bytes) else bytes(memoryview(held)[at + PREFIX : end])
+        )
+        compressed = bool(held[at])
+        if end == len(held):
+            self._buffer, self._at = b"", 0
+        else:
+            self._at = end
+        return compressed, message
 
     def _checked(self) -> int | None:
         """Return the size that the next message says of itself; raises ``serve.too_large``."""
-        held = self._buffer
-        if len(held) < PREFIX:
+        held, at = self._buffer, self._at
+        if len(held) < at + PREFIX:
             return None
-        if held[0] > 1:
+        if held[at] > 1:
             raise PitheadError("serve.bad_request", "the message's first byte is neither 0 nor 1")
-        size = int.from_bytes(held[1:PREFIX], "big")
+        size = int.from_bytes(held[at + 1 : at + PREFIX], "big")
         if size > self._most:
             raise PitheadError(
                 "serve.too_large", f"a message of {size} bytes, at most {self._most} are taken"

@@ -22,6 +22,12 @@ IDLE_S: Final = 600.0
 PING_S: Final = 30.0
 PING_TIMEOUT_S: Final = 20.0
 LINGER_S: Final = 2.0
+OUT: Final = 64 * 1024
+"""Bytes that are written before the transport is asked whether it has enough."""
+TURN: Final = 1024
+"""Frames of one client that are taken before it is the others' turn."""
+CALL: Final = 16
+"""Frames that a call counts for."""
 LARGE: Final = 16 * 1024
 """Bytes; answers below it are bounded by the number of calls."""
 NEVER: Final = float("inf")

@@ -38,6 +38,10 @@ class Connection(asyncio.Protocol):
         self._reader = Reader(self)
         self._transport: Any = None
         self._out: list[bytes | memoryview] = []
+        self._out_bytes = 0
+        self._pushing = self._push_again = False
+        self._parted = False
+        """What has come is taken in parts; the next will be without being asked for."""
         self._flushing = False
         """A flush will come without being asked for."""
         self._deadline = 0.0
@@ -97,27 +101,50 @@ class Connection(asyncio.Protocol):
         """It reads again."""
         self.unread = False
         self.rest()
-        if not self.closing:
+        if self.closing:
+            return
+        self.push()
+        if self.unread:
+            return
+        if self._parted:
+            self.server.loop.call_soon(self._take_more)
+        else:
             self._transport.resume_reading()
-            self.push()
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
         if self.closing:
             return
+        self._heard = time.monotonic()
+        self._pinged = False
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         self._flushing = True
         try:
-            self._reader.feed(data)
+            more = self._reader.feed(data, wait=self._parted)
         except h2.BrokenError as error:
             self._fail(error)
         except Exception:
             log.exception("http2.failed")
             self.abort()
+        else:
+            if more and not self._parted and not self.closing:
+                self._parted = True
+                self._transport.pause_reading()
+                self.server.loop.call_soon(self._take_more)
         finally:
             self._flushing = False
-        self._heard = time.monotonic()
-        self._pinged = False
         self._flush()
+
+    def _take_more(self) -> None:
+        """Go on with what came, after the others' turn."""
+        if self.closing or self.unread:
+            return
+        self._parted = False
+        self._take(b"")
+        if not self._parted and not self.closing and not self.unread:
+            self._transport.resume_reading()
 
     # ---- writing
 
@@ -126,6 +153,7 @@ class Connection(asyncio.Protocol):
         if self.closing:
             return
         self._out.append(data)
+        self._out_bytes += len(data)
         if not self._flushing:
             self._flushing = True
             self.server.loop.call_soon(self._flush_later)
@@ -138,25 +166,39 @@ class Connection(asyncio.Protocol):
         if self._out and not self._transport.is_closing():
             data = b"".join(self._out)
             self._out.clear()
+            self._out_bytes = 0
             self._transport.write(data)
         if self.leaving and not self.streams and not self.closing:
-            self._close()
+            self._close(self.server.limits.read_s)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be written before the transport is asked if it has enough."""
+        return not self.unread and self._out_bytes < bounds.OUT
 
     def push(self, only: Stream | None = None) -> None:
         """Send what waits: of each stream in turn, or of one alone whose window has opened."""
-        while self.blocked and self.send_window > 0 and not self.unread and not self.closing:
-            before = self.send_window
-            for stream in list(self.blocked.values()) if only is None else (only,):
-                if stream.id in self.blocked:
-                    stream.push(self.largest)
-            if self._out:
-                self._flush()  # so that the transport can say that it has enough
-            if self.send_window == before:
-                break
-        if only is None:
-            for stream in list(self.blocked.values()):
-                if not stream.unsent and not self.unread:
-                    stream.push(0)
+        if self._pushing:  # by a receiver that was told that its answer has left
+            self._push_again = True
+            return
+        self._pushing = True
+        try:
+            while self._push_round(list(self.blocked.values()) if only is None else [only]):
+                only = None if self._push_again else only
+        finally:
+            self._pushing = False
+
+    def _push_round(self, streams: list[Stream]) -> bool:
+        """Send a frame of each; return whether there may be more to send."""
+        before, self._push_again = self.send_window, False
+        for stream in streams:
+            if self.unread or self.closing:
+                return False
+            if stream.id in self.blocked:
+                stream.push(self.largest)
+                if not self.has_room:
+                    self._flush()  # so that the transport can say that it has enough
+        return bool(self.blocked) and (self._push_again or self.send_window != before)
 
     # ---- streams
 
@@ -243,15 +285,17 @@ class Connection(asyncio.Protocol):
         self._give_all_up()
         self._out.clear()
         self._transport.write(last)
-        self._close()
+        self._close(bounds.LINGER_S)
 
-    def _close(self) -> None:
+    def _close(self, linger_s: float) -> None:
+        """Close when all that was written has been read, and at last after ``linger_s``."""
         self.closing = True
-        self._deadline = time.monotonic() + bounds.LINGER_S
+        self._deadline = time.monotonic() + linger_s
         self._transport.close()
 
     def abort(self) -> None:
         """Close at once; what it holds is free when this returns."""
         self.closing = True
+        self._reader.forget()
         self._give_all_up()
         self._transport.abort()

@@ -15,6 +15,8 @@ from agent.engine.serve import http2_frames as h2
 MOST_REMEMBERED: Final = 64
 LONGEST_REMEMBERED: Final = 1024
 MAX_FIELDS: Final = 100
+MAX_UPDATES: Final = 2
+"""Changes of the table's size at the beginning of a block (RFC 7541, 4.2)."""
 TABLE_BYTES: Final = 4096
 _CONNECTION: Final = {b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
 _PSEUDO: Final = {b":method", b":scheme", b":path", b":authority"}
@@ -30,6 +32,7 @@ class Blocks(Generic[T]):
     """What one connection's blocks mean, as ``meaning`` makes it of their fields."""
 
     def __init__(self, most_bytes: int, meaning: Callable[[list[tuple[bytes, bytes]]], T]) -> None:
+        self._most_bytes = most_bytes
         self._decoder = Decoder(max_header_list_size=most_bytes)
         self._decoder.max_allowed_table_size = TABLE_BYTES
         self._meaning = meaning
@@ -40,6 +43,9 @@ class Blocks(Generic[T]):
         known = self._known.get(block)
         if known is not None:
             return known
+        if len(block) > self._most_bytes:
+            raise h2.BrokenError(h2.ENHANCE_YOUR_CALM, "too many header fields")
+        _few_updates(block)
         table = self._decoder.header_table
         before = (len(table.dynamic_entries), table.dynamic_entries[0] if table.dynamic_entries else None)
         size = table.maxsize
@@ -58,6 +64,19 @@ class Blocks(Generic[T]):
                 self._known.clear()
             self._known[block] = made
         return made
+
+
+def _few_updates(block: bytes) -> None:
+    at = count = 0
+    while at < len(block) and block[at] & 0xE0 == 0x20:  # noqa: PLR2004 - RFC 7541, 6.3
+        count += 1
+        if count > MAX_UPDATES:
+            raise h2.BrokenError(h2.COMPRESSION_ERROR, "the table's size changes again and again")
+        if block[at] & 0x1F == 0x1F:  # noqa: PLR2004
+            at += 1
+            while at < len(block) and block[at] & 0x80:
+                at += 1
+        at += 1
 
 
 def fields_of(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

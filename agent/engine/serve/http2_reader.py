@@ -21,6 +21,8 @@ class Reader:
         server = self._server = connection.server
         self._blocks: Blocks[Any] = Blocks(server.limits.header_bytes, server.handler.meaning)
         self._rest = b""
+        self._turn = 0
+        """Frames that may still be taken in this turn of the loop."""
         self._preface = False
         self.settled = False
         """Its first SETTINGS have come."""
@@ -41,12 +43,16 @@ class Reader:
         """Whether the client has begun what it must end soon."""
         return self._block is not None or not self.settled
 
-    def feed(self, data: bytes) -> None:
-        """Take what came."""
+    def feed(self, data: bytes, *, wait: bool = False) -> bool:
+        """Take what came, or let it ``wait`` behind what does; return whether whole frames may be left."""
         if self._rest:
             data = self._rest + data
+        if wait:
+            self._keep(data)
+            return True
         at = self._parse(data)
         self._keep(data[at:])
+        return self._turn <= 0
 
     def forget(self) -> None:
         """Hold nothing any more."""
@@ -66,8 +72,9 @@ class Reader:
             at = self._opening(data)
             if not at:
                 return 0
+        self._turn = bounds.TURN
         unpack, connection = h2.HEAD.unpack_from, self._connection
-        while end - at >= h2.HEAD_BYTES and not connection.closing:
+        while end - at >= h2.HEAD_BYTES and self._turn > 0 and not connection.closing:
             first, flags, number = unpack(data, at)
             size, kind = first >> 8, first & 0xFF
             if size > bounds.FRAME:
@@ -77,6 +84,7 @@ class Reader:
                 break
             payload = data[at + h2.HEAD_BYTES : until]
             at = until
+            self._turn -= 1
             number &= 0x7FFFFFFF
             if self._block is not None or not self.settled:
                 self._in_order(kind, flags, number)
@@ -199,6 +207,7 @@ class Reader:
             connection.patience.take(2)
         stream = Stream(connection, number, self._first_window)
         connection.begin(stream)
+        self._turn -= bounds.CALL
         stream.ended = ended
         self._server.handler.begin(stream, said)
         if ended and stream.receiver is not None and stream.open:

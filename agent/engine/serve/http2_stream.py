@@ -65,7 +65,7 @@ class Stream:
             self._begun = True
             block = connection.server.handler.head
             connection.write(h2.HEAD.pack(len(block) << 8 | h2.HEADERS, h2.END_HEADERS, self.id) + block)
-        at_once = not self.unsent and not connection.unread and size <= connection.largest
+        at_once = not self.unsent and size <= connection.largest and connection.has_room
         if at_once and size <= self.send_window and size <= connection.send_window:
             if size:
                 self.send_window -= size
