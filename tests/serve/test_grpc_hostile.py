@@ -4,9 +4,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
 
 import h2.config
 import h2.connection
@@ -17,91 +15,12 @@ import pytest
 from agent.engine.serve import http2_bounds as bounds
 from agent.engine.serve import http2_frames as frames
 from agent.engine.serve.http2_frames import frame, literal, number
-from agent.engine.serve.proto.messages import CLASSES, SERVICE
+from agent.engine.serve.proto.messages import CLASSES
 from tests.serve.conftest import Served, start, until
 from tests.serve.grpc_client import ONE, client, message
+from tests.serve.raw_http2 import INFER, LAST, OPENING, SMALL, STREAM, WHOLE, Raw, call, framed, head
 
 pytestmark = [pytest.mark.xdist_group("serve-grpc-hostile")]
-
-INFER = f"/{SERVICE}/ModelInfer".encode()
-STREAM = f"/{SERVICE}/ModelStreamInfer".encode()
-OPENING = frames.PREFACE + frame(frames.SETTINGS, 0, 0)
-SMALL = message().SerializeToString()
-WHOLE = frames.END_HEADERS
-LAST = frames.END_STREAM
-
-
-def head(path: bytes = INFER, *more: tuple[bytes, bytes]) -> bytes:
-    said = (
-        (b":method", b"POST"),
-        (b":scheme", b"http"),
-        (b":path", path),
-        (b"content-type", b"application/grpc"),
-        (b"te", b"trailers"),
-        *more,
-    )
-    return b"".join(literal(*pair) for pair in said)
-
-
-def framed(data: bytes) -> bytes:
-    return b"\0" + len(data).to_bytes(4, "big") + data
-
-
-def call(stream: int, block: bytes = b"", data: bytes = SMALL) -> bytes:
-    """A whole call."""
-    return frame(frames.HEADERS, WHOLE, stream, block or head()) + frame(
-        frames.DATA, LAST, stream, framed(data)
-    )
-
-
-class Raw:
-    """A connection on which anything can be said."""
-
-    made: ClassVar[list["Raw"]] = []
-
-    def __init__(self, port: int, opening: bytes = OPENING, buffer: int = 0) -> None:
-        self.sock = socket.socket()
-        self.made.append(self)
-        if buffer:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        self.sock.settimeout(20)
-        self.sock.connect(("127.0.0.1", port))
-        self.data = b""
-        self.say(opening)
-
-    def say(self, data: bytes) -> None:
-        with suppress(ConnectionResetError, BrokenPipeError):  # what was said before is looked for
-            self.sock.sendall(data)
-
-    def come(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """What comes, until it is closed."""
-        while True:
-            while len(self.data) >= frames.HEAD_BYTES:
-                first, flags, stream = frames.HEAD.unpack_from(self.data)
-                end = frames.HEAD_BYTES + (first >> 8)
-                if len(self.data) < end:
-                    break
-                payload, self.data = self.data[frames.HEAD_BYTES : end], self.data[end:]
-                yield first & 0xFF, flags, stream, payload
-            try:
-                got = self.sock.recv(65536)
-            except ConnectionResetError:
-                return
-            if not got:
-                return
-            self.data += got
-
-    def next(self, kind: int) -> tuple[int, int, int, bytes]:
-        return next(each for each in self.come() if each[0] == kind)
-
-    def code(self, kind: int = frames.GOAWAY) -> int:
-        """The error of the first GOAWAY or RST_STREAM."""
-        payload = self.next(kind)[3]
-        return int(struct.unpack_from(">I", payload, 4 if kind == frames.GOAWAY else 0)[0])
-
-    def ended(self, stream: int) -> bytes:
-        """The block with which a stream ends."""
-        return next(p for k, f, s, p in self.come() if (k, s) == (frames.HEADERS, stream) and f & LAST)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +109,8 @@ HEAD_1 = frame(frames.HEADERS, WHOLE, 1, head())
         (b"\xff\xff\xff\0\0\0\0\0\1", S),
         (frame(frames.HEADERS, WHOLE, 1, b"\xff\xff\xff\xff"), frames.COMPRESSION_ERROR),
         (frame(frames.HEADERS, WHOLE, 1, b"\x3f\xe1\xff\x03"), frames.COMPRESSION_ERROR),
+        (frame(frames.HEADERS, WHOLE, 1, b"\x20" * 3 + head()), frames.COMPRESSION_ERROR),
+        (frame(frames.HEADERS, WHOLE, 1, head() + bytes(40_000)), frames.ENHANCE_YOUR_CALM),
     ],
 )
 def test_what_breaks_the_protocol_ends_the_connection(raw: Raw, said: bytes, code: int):
@@ -235,7 +156,7 @@ def made_to_reset() -> bytes:
 
 FLOOD = 3 * bounds.AT_ONCE
 """What a machine that is slow may take back in the meantime is less."""
-CHEAP_FLOOD = int(FLOOD / bounds.CHEAP)
+CHEAP_FLOOD = int(1.5 * bounds.AT_ONCE / bounds.CHEAP)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +170,18 @@ CHEAP_FLOOD = int(FLOOD / bounds.CHEAP)
         number(frames.WINDOW_UPDATE, 0, 1) * CHEAP_FLOOD,
         frame(0xFA, 0, 0) * CHEAP_FLOOD,
         HEAD_1 + frame(frames.DATA, 0, 1) * FLOOD,
+        HEAD_1 + frame(frames.DATA, frames.PADDED, 1, b"\x01\0") * FLOOD,
+        HEAD_1 + frame(frames.DATA, 0, 1, b"\0") * CHEAP_FLOOD,
+        frame(frames.PING, frames.ACK, 0, bytes(8)) * CHEAP_FLOOD,
+        HEAD_1 + number(frames.RST_STREAM, 1, 0) * FLOOD,
+        HEAD_1 + number(frames.RST_STREAM, 1, 0) + HEAD_1 * FLOOD,
+        b"".join(frame(frames.HEADERS, WHOLE | LAST, 2 * i + 1, head()) for i in range(FLOOD)),
         frame(frames.HEADERS, 0, 1) + frame(frames.CONTINUATION, 0, 1) * FLOOD,
         frame(frames.HEADERS, 0, 1) + frame(frames.CONTINUATION, 0, 1, bytes(9000)) * 5,
     ],
     ids=[
         *("rapid-reset", "made-you-reset", "ping", "settings", "priority", "window", "unknown", "empty-data"),
+        *("padding", "small-data", "pong", "reset-again", "headers-again", "headers-only"),
         *("empty-continuation", "continuation"),
     ],
 )
