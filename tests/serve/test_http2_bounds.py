@@ -1,6 +1,7 @@
 """Bounds of HTTP/2 that a client meets only after minutes or gigabytes: a server with smaller ones."""
 
 import asyncio
+import gzip
 import hashlib
 import socket
 import ssl
@@ -164,6 +165,22 @@ def test_halves_of_messages_are_bounded_together(starts: Callable[..., Within]):
     assert b"serve.overloaded" in second.ended(1)
     first.say(data(1, body[110_000:]))
     assert first.ended(1) == OK
+
+
+def test_what_a_message_inflates_to_counts(starts: Callable[..., Within]):
+    served = starts(body_bytes=400_000, all_bodies_bytes=400_000)
+    served.answers.at_once = False
+    raw = Raw(served.port)
+    packed = gzip.compress(message(np.zeros((1000, 64), np.float32)).SerializeToString())
+    body = b"\1" + len(packed).to_bytes(4, "big") + packed
+    block = head(STREAM, (b"grpc-encoding", b"gzip"))
+    raw.say(frame(frames.HEADERS, WHOLE, 1, block) + frame(frames.DATA, LAST, 1, body * 3))
+    until(lambda: len(served.answers.waiting) == 1 and not served.http2.held < 256_000, "one is under way")
+    until(lambda: not served.server.handler._tasks, "the others are taken apart")
+    assert len(served.answers.waiting) == 1, "there is room for one"
+    served.do(served.answer)
+    assert messages(raw) == (3, OK)
+    assert served.answers.grpc_answers == {"OK": 1}
 
 
 def test_who_reads_nothing_makes_room_for_others(starts: Callable[..., Within]):
@@ -343,6 +360,14 @@ def test_many_requests_on_a_stream_that_has_ended(starts: Callable[..., Within],
         until(lambda count=count: len(served.answers.waiting) == count, "as many are under way as may be")
         served.do(served.answer)
     assert messages(raw) == (150, OK)
+
+
+def test_a_client_that_reads_late(starts: Callable[..., Within]):
+    served = starts(floats=10_000)
+    raw = Raw(served.port, WIDE + number(frames.WINDOW_UPDATE, 0, 2**30), buffer=200_000)
+    raw.say(opened(1, STREAM) + data(1, framed(SMALL) * 300))
+    until(lambda: served.http2.connections and served.connection.unread, "the socket is full")
+    assert messages(raw) == (300, OK)
 
 
 def test_a_window_that_opens_for_many_streams(starts: Callable[..., Within]):

@@ -165,8 +165,10 @@ class Streamed:
 
     def _account(self) -> None:
         held, self._held = self._held, self._messages.waiting
-        self._handler.release(held)
-        self._handler.hold(self._held, self._stream.connection)
+        if self._held > held:
+            self._handler.hold(self._held - held, self._stream.connection)
+        else:
+            self._handler.release(held - self._held)
 
     def _ask_what_came(self) -> int:
         """Ask for all messages that have come whole, as far as there is room; return how many."""
@@ -184,10 +186,14 @@ class Streamed:
         asked = _Asked(len(data))
         self._asked.append(asked)
         try:
-            self._handler.hold(asked.size, self._stream.connection)
             self._client = self._handler.who(self._said).name  # its token may be known no more
         except PitheadError as error:
             asked.answer = self._failed = error
+        try:
+            self._handler.hold(asked.size, self._stream.connection)
+        except PitheadError as error:
+            asked.answer = asked.answer or error
+        if asked.answer is not None:
             return
         if compressed:
             self._in_thread(asked, data, compressed=True)
@@ -221,6 +227,7 @@ class Streamed:
                 if compressed:
                     encoding, most = self._said.encoding, handler.limits.body_bytes
                     data = await run(None, grpc_wire.inflated, data, encoding, most)
+                    self._account_more(asked, len(data) - asked.size)
                 request, asked.wish = await run(None, grpc_codec.decode, data)
         except PitheadError as error:
             asked.id, asked.answer = grpc_codec.identity_of(data), error
@@ -229,6 +236,12 @@ class Streamed:
                 self._submit(asked, request)
         self._busy = False
         self._go()
+
+    def _account_more(self, asked: _Asked, size: int) -> None:
+        """Count what a message has become by being inflated."""
+        if not self._over:
+            asked.size += size
+            self._handler.hold(size, self._stream.connection)
 
     def _submit(self, asked: _Asked, request: InferRequest) -> None:
         asked.id, request.client = request.id, self._client
@@ -239,7 +252,11 @@ class Streamed:
             if self._asked and self._asked[0] is asked:
                 self._go()
 
-        self._handler.service.submit(request, done)
+        try:
+            self._handler.service.submit(request, done)
+        except Exception as error:
+            log.exception("grpc.failed")
+            done(PitheadError("internal.error", type(error).__name__))
 
     # ---- what is answered
 

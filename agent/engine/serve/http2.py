@@ -76,11 +76,16 @@ class Server:
 
     def make_room(self, size: int, but: Connection | None = None) -> bool:
         """Return whether ``size`` more bytes can be held; who leaves most unread makes room for others."""
-        while self.held + size > self.most_held:
-            unread = [c for c in self.connections if c.unread_bytes and c is not but]
-            if not unread:
-                return False
-            max(unread, key=lambda c: c.unread_bytes).abort()
+        missing = self.held + size - self.most_held
+        if missing <= 0:
+            return True
+        unread = [c for c in self.connections if c.unread_bytes and c is not but]
+        if sum(c.unread_bytes for c in unread) < missing:
+            return False
+        for connection in sorted(unread, key=lambda c: -c.unread_bytes):
+            connection.abort()
+            if self.held + size <= self.most_held:
+                break
         return True
 
     def _sweep(self) -> None:

@@ -98,16 +98,22 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """It reads again: go on, but not from within the transport, which may be about to close."""
         self.unread = False
         self.rest()
-        if self.closing:
+        self.server.loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        if self.closing or self.unread:
             return
         self.push()
-        if self.unread:
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self.closing or self.unread:
             return
         if self._parted:
-            self.server.loop.call_soon(self._take_more)
+            self._take_more()
         else:
             self._transport.resume_reading()
 

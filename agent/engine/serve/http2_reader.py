@@ -190,8 +190,11 @@ class Reader:
             else:
                 _deliver(stream, b"", ended=True)
             return
-        if number <= self.last or connection.leaving:  # it has ended here, or begins as we leave
+        if number <= self.last:  # it has ended here, and the client did not know yet
             connection.patience.take(1)
+            return
+        if connection.leaving:  # another server will answer it
+            connection.patience.take(bounds.CHEAP)
             return
         self.last = number
         if said is None:
