@@ -101,6 +101,7 @@ HEAD_1 = frame(frames.HEADERS, WHOLE, 1, head())
         (frames.settings({frames.MAX_FRAME_SIZE: 1}), P),
         (frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), F),
         (frame(frames.PING, 0, 0, bytes(7)), S),
+        (frame(frames.GOAWAY, 0, 0, bytes(7)), S),
         (frame(frames.WINDOW_UPDATE, 0, 0, bytes(3)), S),
         (number(frames.WINDOW_UPDATE, 0, 0), P),
         (number(frames.WINDOW_UPDATE, 0, 2**31 - 1), F),

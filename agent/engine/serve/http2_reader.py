@@ -10,7 +10,7 @@ from agent.engine.serve.http2_stream import Stream
 if TYPE_CHECKING:
     from agent.engine.serve.http2_connection import Connection
 
-_PRIORITY_BYTES, _PING_BYTES, _NUMBER_BYTES, _SETTING_BYTES = 5, 8, 4, 6
+_PRIORITY_BYTES, _PING_BYTES, _GOAWAY_BYTES, _NUMBER_BYTES, _SETTING_BYTES = 5, 8, 8, 4, 6
 
 
 class Reader:
@@ -128,6 +128,7 @@ class Reader:
             self._ping(flags, number, payload)
         elif kind == h2.GOAWAY:
             _on_connection(number)
+            _sized(payload[:_GOAWAY_BYTES], _GOAWAY_BYTES, "GOAWAY")
             self._connection.patience.take(1)
             self._connection.leaving = True
         elif kind == h2.PUSH_PROMISE:
