@@ -26,7 +26,7 @@ from tests.serve.test_grpc_codec import flips
 pytestmark = [pytest.mark.xdist_group("serve-grpc")]
 
 Code = grpc.StatusCode
-ADDED_MIB = 25
+ADDED_MIB = 10
 
 
 @pytest.fixture(scope="module")

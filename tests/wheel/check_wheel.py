@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 IMPORTS = """
 import importlib, importlib.util, pkgutil, sys
 optional = ("agent.engine.serve.", "agent.engine.sources.")
-extras = {"asyncua", "google", "grpc", "httptools", "PIL", "pyarrow", "pymodbus", "uvloop"}
+extras = {"asyncua", "google", "hpack", "httptools", "PIL", "pyarrow", "pymodbus", "uvloop"}
 for room in ("agent", "contract", "inference"):
     package = importlib.import_module(room)
     for module in pkgutil.walk_packages(package.__path__, room + "."):

@@ -252,11 +252,11 @@ def _listening(listen: Listen) -> list[socket.socket]:
 
 async def _grpc(service: Service, tokens: Tokens | None, listen: Listen, port: int) -> "grpc_server.Server":
     try:
-        from agent.engine.serve import grpc_server  # noqa: PLC0415 - 15 MB for those who ask for it
+        from agent.engine.serve import grpc_server  # noqa: PLC0415 - protobuf and hpack only for those who ask for it
     except ImportError as error:
         raise PitheadError("config.invalid", f"--grpc-port: install pithead[serve]: {error}") from error
-    pem = [None if path is None else path.read_bytes() for path in (listen.certificate, listen.key)]
-    server = grpc_server.Server(service, tokens, grpc_server.Listen(listen.host, port, listen.limits, *pem))
+    where = grpc_server.Listen(listen.host, port, _fitting(listen.limits), _tls(listen))
+    server = grpc_server.Server(service, tokens, where)
     await server.start()
     return server
 

@@ -1,61 +1,48 @@
-"""The Open Inference Protocol over gRPC, on the event loop that REST is on; imported only when asked for.
+"""The Open Inference Protocol over gRPC, on the event loop that REST is on, over our own HTTP/2.
 
-The transport is ``grpc.aio``. Handlers are generic and take bytes, so that malformed messages become
-INVALID_ARGUMENT instead of an error of the library, and raw tensors stay bytes. An empty handler costs
-some 240 us of CPU a call on uvloop, on asyncio's own loop 275, from a thread pool 215 to 430; two fifths
-of it are switches between the library's threads and the loop's. Tokens, decoding, checking, running and
-encoding a small model add some 35 when they are called in a row and about twice that in between. That
-gives about what a script with the same library does, and 0.7 of Triton, whose transport is C++.
+An ordinary ``ModelInfer`` passes: the head of its call, which is remembered with its header block; the
+token; one message, taken apart by ``grpc_templates``; the service, by callback. No task is made for it.
+Every other call may take one.
 
-What more would take: HTTP/2 on the loop itself, without the completion queue between threads and the
-tasks of each call. REST's parser answers a request in a tenth of the time; frames, HPACK and flow control
-in Python may double that, and requests that come in one read would be batched. The price is a protocol
-full of traps (rapid reset, floods of CONTINUATION and SETTINGS) that the library's authors look after
-here. ``ModelStreamInfer`` opens a call once and saves a part; REST in binary is the way to more today.
-
-What a client may cost: messages, calls, connections, metadata and handshakes are bounded; calls whose
-message does not arrive in time, and streams that are not read, are let go; dead peers are found by
-pings. An answer that a living client does not read waits in the library until its connection ends, which
-grpc.aio gives no means to hasten: it costs its bytes, and no place among the calls that may be open.
+What a client may cost, ``http2`` says for streams and connections; here messages are bounded, one by one
+and all together, and calls whose message does not arrive in time, or whose deadline is over, are ended.
 """
 
 import asyncio
 import logging
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
 
-import grpc
 from google.protobuf.message import DecodeError
 from msgspec import Struct
 
-from agent.engine.serve import grpc_codec, http, tensors
+from agent.engine.serve import grpc_codec, grpc_wire, http, http2, tensors
 from agent.engine.serve.grpc_calls import Call, Calls, status_of, words_of
-from agent.engine.serve.grpc_stream import Stream
+from agent.engine.serve.grpc_codec import Wish
+from agent.engine.serve.grpc_stream import Streamed
 from agent.engine.serve.grpc_templates import Templates
+from agent.engine.serve.grpc_wire import Head
+from agent.engine.serve.http2_bounds import NEVER
+from agent.engine.serve.http2_connection import Connection
+from agent.engine.serve.http2_stream import Stream
 from agent.engine.serve.proto.messages import SERVICE
-from agent.engine.serve.requests import InferRequest
+from agent.engine.serve.requests import InferRequest, InferResponse
 from agent.engine.serve.service import Service
 from agent.engine.serve.tokens import ANYBODY, Principal, Tokens
 from contract.errors import PitheadError
 
 log = logging.getLogger(__name__)
 
-SWEEP_S: Final = 0.5
-STREAMS_PER_CONNECTION: Final = 256
-"""Calls at once; clients keep more waiting."""
-IDLE_S: Final = 600
-"""A connection without a call is let go, which clients do not notice."""
-PING_S: Final = 30
-PING_TIMEOUT_S: Final = 20
-MIN_PING_S: Final = 5
-"""Clients may ping so often; the library's default of 300 would cut off many a client's default."""
+BACKLOG: Final = 1024
 LARGE: Final = 16 * 1024
-"""Bytes; smaller messages are bounded by their number."""
+"""Bytes; what is compressed and larger is inflated in a thread."""
+LARGE_AT_ONCE: Final = 2
+MOST_ELSE: Final = 256 * 1024
+"""Bytes of a message of any other call than an inference; it is taken apart on the loop."""
 _INFER: Final = f"/{SERVICE}/ModelInfer"
 _STREAM: Final = f"/{SERVICE}/ModelStreamInfer"
-_STRICT: Final = ("triton_grpc_error", "true")
-_CODES: Final = {code.name: code for code in grpc.StatusCode}
 
 
 class Listen(Struct, frozen=True):
@@ -65,253 +52,323 @@ class Listen(Struct, frozen=True):
     port: int
     """0 takes a free one."""
     limits: http.Limits
-    certificate: bytes | None = None
-    """PEM; without it nothing is encrypted."""
-    key: bytes | None = None
+    tls: ssl.SSLContext | None = None
+    """Without it nothing is encrypted."""
 
 
 class Server:
     """The listener."""
 
     def __init__(self, service: Service, tokens: Tokens | None, listen: Listen) -> None:
-        self._service, self._listen = service, listen
-        self._handlers = _Handlers(service, tokens, listen.limits)
-        self._server = grpc.aio.server(options=_options(listen.limits))
-        self._server.add_generic_rpc_handlers((self._handlers,))
+        self._listen = listen
+        self.handler = Handler(service, tokens, listen.limits)
+        self.http2: http2.Server | None = None
+        self._server: asyncio.Server | None = None
         self.port = 0
 
     async def start(self) -> None:
         """Listen; raises ``config.invalid``."""
         listen = self._listen
-        address = f"[{listen.host}]:{listen.port}" if ":" in listen.host else f"{listen.host}:{listen.port}"
+        if listen.tls is not None:
+            listen.tls.set_alpn_protocols(["h2"])
+        self.http2 = self.handler.server = http2.Server(self.handler, listen.limits)
         try:
-            if listen.certificate is None:
-                self.port = self._server.add_insecure_port(address)
-            else:
-                pair = (listen.key or listen.certificate, listen.certificate)
-                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-        except RuntimeError as error:
-            raise PitheadError("config.invalid", f"gRPC cannot listen on {address}: {error}") from error
-        await self._server.start()
-        self._handlers.sweep()
+            self._server = await asyncio.get_running_loop().create_server(
+                self.http2.protocol,
+                listen.host,
+                listen.port,
+                backlog=BACKLOG,
+                ssl=listen.tls,
+                ssl_handshake_timeout=listen.limits.header_s if listen.tls else None,
+            )
+        except OSError as error:
+            raise PitheadError(
+                "config.invalid", f"gRPC cannot listen on {listen.host}:{listen.port}: {error}"
+            ) from error
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self, drain_s: float) -> None:
         """Take no more calls, answer those that are there, end."""
-        self._handlers.end()
-        await self._server.stop(drain_s)
-        self._handlers.close()
+        if self._server is None or self.http2 is None:
+            return
+        self._server.close()
+        self.handler.end()
+        await self.http2.close(drain_s)
 
 
-class _Handlers:
-    """What the library asks for the handler of each call that begins."""
+class Handler:
+    """What HTTP/2 asks when a call begins."""
+
+    head = grpc_wire.HEAD
 
     def __init__(self, service: Service, tokens: Tokens | None, limits: http.Limits) -> None:
-        self._service, self._tokens, self._limits = service, tokens, limits
-        self._loop = asyncio.get_running_loop()
-        self._longest_s = service.catalogue.limits.policy.timeout_s
-        self._open: dict[asyncio.Task[Any] | None, float] = {}
-        """The tasks of calls that are not answered, and when their message has to be there."""
-        self._overdue: set[asyncio.Task[Any] | None] = set()
-        self._streams: set[Stream] = set()
-        self._sweeper: asyncio.TimerHandle | None = None
-        self._ending = False
-        self._templates = Templates()
-        self._held = 0
-        """Bytes of messages, and of their answers, whose calls have not ended."""
-        self._most_held = max(limits.all_bodies_bytes, limits.body_bytes)
-        self._calls = {path: self._unary(self._acts(call)) for path, call in Calls(service).by_path.items()}
-        self._calls[_INFER] = self._unary(self._infer)
-        self._calls[_STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
+        self.service, self.tokens, self.limits = service, tokens, limits
+        self.server: http2.Server | None = None
+        self.loop = asyncio.get_running_loop()
+        self.longest_s = service.catalogue.limits.policy.timeout_s
+        self.templates = Templates()
+        self.large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._streams: set[Streamed] = set()
+        self._known = 0
+        """Which tokens the streams were checked by."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.calls = Calls(service).by_path
 
-    def service(self, handler_call_details: Any) -> Any:
-        """Return the handler of a call, before its message is read; None for one that is not known."""
-        handler = self._calls.get(handler_call_details.method)
-        if handler is None:
-            return None
-        limits = self._limits
-        if len(self._open) >= limits.connections:
-            error = PitheadError("serve.overloaded", f"{len(self._open)} calls are open", retry_after_s=1)
-            return self._refusing(error)
-        if self._tokens is not None:
-            try:
-                self._who(handler_call_details.invocation_metadata)
-            except PitheadError as error:
-                return self._refusing(error)
-        self._open[asyncio.current_task(self._loop)] = time.monotonic() + limits.body_s
-        return handler
+    def meaning(self, fields: list[tuple[bytes, bytes]]) -> Head:
+        """See ``http2.Handler``."""
+        return grpc_wire.head_of(fields)
 
-    # ---- calls
-
-    def _unary(self, work: Callable[[bytes, Any], Awaitable[bytes]]) -> Any:
-        """Return a handler that reads one message itself: the library's own would wait for it for ever."""
-
-        async def handle(_messages: Any, context: Any) -> bytes:
-            task = asyncio.current_task(self._loop)
-            try:
-                data = await self._message(context, task)
-                self._hold(context, len(data))
-                answer = await work(data, context)
-                self._hold(context, len(answer))
-            except PitheadError as error:
-                refused = error
-            except Exception as error:
-                log.exception("grpc.failed")
-                refused = _internal(error)
-            else:
-                self._count("OK")
-                return answer
-            finally:
-                self._open.pop(task, None)
-            return await self._refuse(context, refused)
-
-        return grpc.stream_unary_rpc_method_handler(handle)
-
-    async def _message(self, context: Any, task: "asyncio.Task[Any] | None") -> bytes:
-        try:
-            data: bytes = await context.read()
-        except asyncio.CancelledError:
-            if task is None or task not in self._overdue:
-                raise
-            task.uncancel()
-            raise PitheadError("serve.timeout", "the message did not arrive in time") from None
-        finally:
-            self._overdue.discard(task)
-            self._open[task] = float("inf")
-        if data is grpc.aio.EOF:
-            raise PitheadError("serve.bad_request", "there is no message")
-        return data
-
-    def _hold(self, context: Any, size: int) -> None:
-        """Count large bytes until the call has ended, when its answer has been read or given up."""
-        if size < LARGE:
+    def begin(self, stream: Stream, said: Head) -> None:
+        """See ``http2.Handler``."""
+        assert self.server is not None
+        if not said.grpc:
+            stream.finish(grpc_wire.WRONG_TYPE)
             return
-        if self._held + size > self._most_held:
+        try:
+            who = self.who(said)
+            self._admit(self.server.calls - 1)
+            if said.path == _STREAM:
+                streamed = Streamed(self, stream, said, who.name)
+                self._streams.add(streamed)
+                stream.receiver = streamed
+                return
+            call = self.calls.get(said.path)
+            if call is None and said.path != _INFER:
+                self.end_with(stream, "UNIMPLEMENTED", f"there is no call {said.path[:200]}", None)
+                return
+            stream.receiver = Unary(self, stream, said, who, call)
+        except PitheadError as error:
+            self.refuse(stream, error)
+
+    def sweep(self) -> None:
+        """End the streams of whom the tokens know no more."""
+        if self.tokens is not None and self.tokens.changes != self._known:
+            self._known = self.tokens.changes
+            for streamed in list(self._streams):
+                streamed.check()
+
+    def _admit(self, others: int) -> None:
+        if others >= self.limits.connections:
+            raise PitheadError("serve.overloaded", f"{others} calls are open", retry_after_s=1)
+
+    def who(self, said: Head) -> Principal:
+        """Return who asks; raises ``auth.missing``, ``auth.invalid``."""
+        return ANYBODY if self.tokens is None else self.tokens.who(said.authorization)
+
+    def hold(self, size: int, but: Connection) -> None:
+        """Count bytes that are not answered; raises ``serve.overloaded``, and counts them even so."""
+        server = self.server
+        assert server is not None
+        server.held += size
+        if server.held > server.most_held and not server.make_room(0, but=but):
             raise PitheadError("serve.overloaded", "too many messages are not answered or read yet")
-        self._held += size
 
-        def ended(_context: Any) -> None:
-            self._held -= size
+    def release(self, size: int) -> None:
+        """Count them no more."""
+        assert self.server is not None
+        self.server.held -= size
 
-        context.add_done_callback(ended)
-
-    async def _infer(self, data: bytes, context: Any) -> bytes:
-        try:
-            request, wish = self._templates.decode(data)
-        except tensors.TooMuchAtOnceError:
-            request, wish = await self._loop.run_in_executor(None, grpc_codec.decode, data)
-        if self._service.rates is not None:
-            request.client = self._who(context.invocation_metadata()).name
-        self._hurry(request, context)
-        return self._templates.encode(await self._service.infer(request), wish)
-
-    def _acts(self, call: Call) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        async def act(data: bytes, context: Any) -> bytes:
-            said = _parsed(call, data)
-            if self._tokens is not None and call.admin(said):
-                _must_be_admin(self._who(context.invocation_metadata()))
-            answer = call.act(said)
-            fields = await answer if isinstance(answer, Awaitable) else answer
-            made: bytes = call.response(**fields).SerializeToString()
-            return made
-
-        return act
-
-    async def _stream(self, _messages: Any, context: Any) -> None:
-        task = asyncio.current_task(self._loop)
-        self._open[task] = float("inf")
-        metadata = tuple(context.invocation_metadata() or ())
-        strict = any((key, value) == _STRICT for key, value in metadata)
-        try:
-            client = self._who(metadata).name
-        except PitheadError as error:  # the tokens have changed since the call began
-            self._open.pop(task, None)
-            await self._refuse(context, error)
-        stream = Stream(self._service, context, self._limits.read_s, client, strict=strict)
-        self._streams.add(stream)
-        if self._ending:
-            stream.end()
-        try:
-            await stream.run()
-        except Exception as error:
-            log.exception("grpc.failed")
-            stream.failed = _internal(error)
-        finally:
-            self._streams.discard(stream)
-            self._open.pop(task, None)
-        if stream.failed is not None:
-            await self._refuse(context, stream.failed)
-        self._count("OK")
-
-    def _hurry(self, request: InferRequest, context: Any) -> None:
+    def hurry(self, request: InferRequest, until: float) -> None:
         """Do not begin to run what the client will not wait for."""
-        left = context.time_remaining()
-        if left is not None and left < (request.timeout_us * 1e-6 or self._longest_s):
+        if until == NEVER:
+            return
+        left = until - time.monotonic()
+        if left < (request.timeout_us * 1e-6 or self.longest_s):
             request.timeout_us = max(1, int(left * 1e6))
 
-    # ---- who may
+    def later(self, work: Coroutine[Any, Any, None], failed: Callable[[PitheadError], None]) -> None:
+        """Do what takes a task, and say how it failed."""
 
-    def _who(self, metadata: Sequence[tuple[str, str | bytes]] | None) -> Principal:
-        if self._tokens is None:
-            return ANYBODY
-        for key, value in metadata or ():
-            if key == "authorization":
-                return self._tokens.who(value.encode() if isinstance(value, str) else value)
-        return self._tokens.who(None)
+        async def run() -> None:
+            try:
+                await work
+            except PitheadError as error:
+                failed(error)
+            except Exception as error:
+                log.exception("grpc.failed")
+                failed(internal(error))
 
-    def _refusing(self, error: PitheadError) -> Any:
-        """Return a handler that refuses without reading: one for streams does for all calls."""
-
-        async def refuse(_messages: Any, context: Any) -> None:
-            await self._refuse(context, error)
-
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        task = self.loop.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # ---- how it ends
 
-    async def _refuse(self, context: Any, error: PitheadError) -> NoReturn:
-        name = status_of(error)
-        self._count(name)
+    def refuse(self, stream: Stream, error: PitheadError) -> None:
+        """End a call as ``error`` says."""
         wait = error.facts.get("retry_after_s", 1) if error.retryable else None
-        metadata: tuple[tuple[str, str], ...] = ()
-        if isinstance(wait, int | float):
-            metadata = (("grpc-retry-pushback-ms", str(max(1, round(wait * 1000)))),)
-        await context.abort(_CODES[name], words_of(error), metadata)
-        raise AssertionError  # abort raises
+        pushback = max(1, round(wait * 1000)) if isinstance(wait, int | float) else None
+        self.end_with(stream, status_of(error), words_of(error), pushback)
 
-    def _count(self, name: str) -> None:
-        answers = self._service.grpc_answers
+    def end_with(self, stream: Stream, status: str, words: str, pushback_ms: int | None) -> None:
+        """End a call that failed."""
+        if stream.open:
+            self.count(status)
+            stream.refuse(grpc_wire.trailers(status, words, pushback_ms))
+
+    def count(self, name: str) -> None:
+        """Count an answer."""
+        answers = self.service.grpc_answers
         answers[name] = answers.get(name, 0) + 1
 
-    # ---- housekeeping
-
-    def sweep(self) -> None:
-        """Wake the calls whose message does not come, twice a second."""
-        now = time.monotonic()
-        for task, deadline in self._open.items():
-            if task is not None and deadline < now and task not in self._overdue:
-                self._overdue.add(task)
-                task.cancel()
-        self._sweeper = self._loop.call_later(SWEEP_S, self.sweep)
+    def forget(self, streamed: Streamed) -> None:
+        """A stream has ended."""
+        self._streams.discard(streamed)
 
     def end(self) -> None:
         """Let streams end after what they have read."""
-        self._ending = True
-        for stream in self._streams:
-            stream.end()
-
-    def close(self) -> None:
-        """Sweep no more."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for streamed in list(self._streams):
+            streamed.end()
 
 
-def _must_be_admin(who: Principal) -> None:
-    if not who.admin:
-        raise PitheadError("auth.forbidden", f"{who.name} may not change what is served")
+class Unary:
+    """A call of one message. See ``http2_stream.Receiver``."""
+
+    __slots__ = ("_body", "_call", "_handler", "_held", "_ran", "_said", "_stream", "_until", "_who")
+
+    def __init__(
+        self, handler: Handler, stream: Stream, said: Head, who: Principal, call: Call | None
+    ) -> None:
+        self._handler, self._stream, self._said, self._who, self._call = handler, stream, said, who, call
+        self._body: grpc_wire.Messages | None = None
+        self._held = 0
+        self._ran = False
+        now = time.monotonic()
+        self._until = NEVER if said.timeout_s is None else now + said.timeout_s
+        stream.deadline = min(self._until, now + handler.limits.body_s)
+
+    def data(self, payload: bytes, *, ended: bool) -> None:
+        """Take a piece of the message; run when it is there."""
+        handler = self._handler
+        try:
+            self._held += len(payload)
+            handler.hold(len(payload), self._stream.connection)
+            body = self._body
+            if body is None:
+                body = self._body = grpc_wire.Messages(handler.limits.body_bytes)
+            body.feed(payload)
+            _at_most_one(body)
+            if ended:
+                found = _only(body)
+                self._stream.deadline = self._until
+                self._ran = True
+                self._take(*found)
+        except PitheadError as error:
+            self.refuse(error)
+        except Exception as error:
+            log.exception("grpc.failed")
+            self.refuse(internal(error))
+
+    def lost(self) -> None:
+        """The client does not wait."""
+        if not self._ran:
+            self._free()
+
+    def overdue(self) -> None:
+        """The message has not come, or the client's deadline is over."""
+        words = "the deadline is over" if self._ran else "the message did not arrive in time"
+        self._handler.refuse(self._stream, PitheadError("serve.timeout", words))
+        if not self._ran:
+            self._free()
+
+    def drained(self) -> None:
+        """Nothing more is to be sent."""
+
+    def refuse(self, error: PitheadError) -> None:
+        """End the call."""
+        self._free()
+        self._handler.refuse(self._stream, error)
+
+    def _free(self) -> None:
+        self._handler.release(self._held)
+        self._held = 0
+        self._body = None
+
+    def _take(self, compressed: bool, data: bytes) -> None:  # noqa: FBT001 - of a pair
+        if not compressed:
+            self._work(data)
+        elif len(data) < 1024:  # noqa: PLR2004 - deflate makes at most 1032 bytes of one
+            self._work(grpc_wire.inflated(data, self._said.encoding, self._handler.limits.body_bytes))
+        else:
+            self._handler.later(self._inflate(data), self.refuse)
+
+    async def _inflate(self, data: bytes) -> None:
+        handler = self._handler
+        async with handler.large:
+            whole = await handler.loop.run_in_executor(
+                None, grpc_wire.inflated, data, self._said.encoding, handler.limits.body_bytes
+            )
+            self._held += len(whole)
+            handler.hold(len(whole), self._stream.connection)
+            self._work(whole)
+
+    def _work(self, data: bytes) -> None:
+        if self._call is None:
+            try:
+                self._submit(*self._handler.templates.decode(data))
+            except tensors.TooMuchAtOnceError:
+                self._handler.later(self._decode(data), self.refuse)
+            return
+        if len(data) > MOST_ELSE:
+            raise PitheadError("serve.too_large", f"at most {MOST_ELSE} bytes are taken by this call")
+        said = _parsed(self._call, data)
+        if self._call.admin(said) and not self._who.admin:
+            raise PitheadError("auth.forbidden", f"{self._who.name} may not change what is served")
+        answer = self._call.act(said)
+        if isinstance(answer, Awaitable):
+            self._handler.later(self._act(answer), self.refuse)
+        else:
+            self._answer(self._call.response(**answer).SerializeToString())
+
+    async def _act(self, answer: Awaitable[Any]) -> None:
+        assert self._call is not None
+        self._answer(self._call.response(**await answer).SerializeToString())
+
+    async def _decode(self, data: bytes) -> None:
+        self._submit(*await self._handler.loop.run_in_executor(None, grpc_codec.decode, data))
+
+    def _submit(self, request: InferRequest, wish: Wish) -> None:
+        handler = self._handler
+        request.client = self._who.name
+        handler.hurry(request, self._until)
+
+        def done(answer: InferResponse | PitheadError) -> None:
+            if isinstance(answer, PitheadError):
+                self.refuse(answer)
+                return
+            try:
+                self._answer(handler.templates.encode(answer, wish))
+            except PitheadError as error:
+                self.refuse(error)
+            except Exception as error:
+                log.exception("grpc.failed")
+                self.refuse(internal(error))
+
+        handler.service.submit(request, done)
+
+    def _answer(self, data: bytes) -> None:
+        self._free()
+        if self._stream.open:
+            self._handler.count("OK")
+            self._stream.deadline = NEVER
+            self._stream.send(grpc_wire.framed(data), grpc_wire.OK)
 
 
-def _internal(error: Exception) -> PitheadError:
+def internal(error: Exception) -> PitheadError:
+    """Return what the client is told of an error of ours."""
     return PitheadError("internal.error", type(error).__name__)
+
+
+def _at_most_one(body: grpc_wire.Messages) -> None:
+    if body.surplus:
+        raise PitheadError("serve.bad_request", "there is more than one message")
+
+
+def _only(body: grpc_wire.Messages) -> tuple[bool, bytes]:
+    found = body.next()
+    if found is None:
+        raise PitheadError("serve.bad_request", "there is no message")
+    return found
 
 
 def _parsed(call: Call, data: bytes) -> Any:
@@ -320,22 +377,3 @@ def _parsed(call: Call, data: bytes) -> Any:
     except DecodeError as error:
         name = call.request.DESCRIPTOR.name
         raise PitheadError("serve.bad_request", f"the message is no {name}: {error}") from error
-
-
-def _options(limits: http.Limits) -> list[tuple[str, int]]:
-    return [
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", limits.body_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.max_metadata_size", limits.header_bytes // 2),
-        ("grpc.absolute_max_metadata_size", limits.header_bytes),
-        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
-        ("grpc.max_allowed_incoming_connections", limits.connections),
-        ("grpc.server_handshake_timeout_ms", round(limits.header_s * 1000)),
-        ("grpc.max_connection_idle_ms", IDLE_S * 1000),
-        ("grpc.keepalive_time_ms", PING_S * 1000),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_S * 1000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_S * 1000),
-    ]

@@ -17,12 +17,15 @@ from agent.engine.serve.requests import NO_PARAMETERS, InferRequest, InferRespon
 MOST: Final = 256
 LONGEST: Final = 2048
 """Bytes before the tensor."""
+FIRST: Final = 64
 LARGEST: Final = 64 * 1024
 """Bytes of the tensor: beside a larger one the rest costs nothing."""
 _RAW_INPUT: Final = 7
 _RAW_OUTPUT: Final = 6
 _BYTES: Final = 2
 """Protobuf's wire type of texts and bytes."""
+
+_OTHER: Final = bytes(byte ^ 0xFF for byte in range(256))
 
 _Request: Final = CLASSES["ModelInferRequest"]
 _Response: Final = CLASSES["ModelInferResponse"]
@@ -43,13 +46,13 @@ class Templates:
     """At most ``MOST`` of each direction are kept."""
 
     def __init__(self) -> None:
-        self._requests: dict[int, _Known] = {}
-        """By the message's length: the last one of it."""
+        self._requests: dict[tuple[int, bytes], _Known] = {}
+        """By the message's length and its first bytes, where the model's name is: the last one of them."""
         self._answers: dict[tuple[Any, ...], list[bytes]] = {}
 
     def decode(self, data: bytes) -> tuple[InferRequest, Wish]:
         """Return what ``grpc_codec.decode`` returns; raises ``TooMuchAtOnceError`` as it does."""
-        known = self._requests.get(len(data))
+        known = self._requests.get((len(data), data[:FIRST]))
         if known is None or not data.startswith(known.head):
             return self._learn(data)
         said = known.request
@@ -80,7 +83,7 @@ class Templates:
                 if len(self._requests) >= MOST:
                     self._requests.clear()
                 tensor = said.inputs[0]
-                self._requests[len(data)] = _Known(
+                self._requests[len(data), data[:FIRST]] = _Known(
                     data[:at],
                     InferRequest(
                         request.model,
@@ -140,7 +143,7 @@ def _is_last(data: bytes, at: int, raw: bytes) -> bool:
     """Return whether the bytes from ``at`` on are the only raw tensor, and nothing else."""
     if not data[:at].endswith(_tag(_RAW_INPUT) + _varint(len(raw))):
         return False
-    other = bytes(byte ^ 0xFF for byte in raw)
+    other = raw.translate(_OTHER)
     try:
         return list(_Request.FromString(data[:at] + other).raw_input_contents) == [other]
     except DecodeError:

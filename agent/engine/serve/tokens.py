@@ -41,10 +41,13 @@ class Tokens:
 
     def __init__(self, known: Mapping[bytes, Principal]) -> None:
         self._known = dict(known)
+        self.changes = 0
+        """How often they have become others."""
 
     def become(self, others: "Tokens") -> None:
         """Know what ``others`` knows, and nothing else."""
         self._known = others._known  # noqa: SLF001 - of the same class
+        self.changes += 1
 
     def who(self, authorization: bytes | None) -> Principal:
         """Return whom an ``Authorization`` header names; raises ``auth.missing``, ``auth.invalid``.
